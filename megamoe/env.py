@@ -1,0 +1,41 @@
+"""Every MEGAMOE_* variable: name, type, default, meaning. For debugging and placement only, never for semantics.
+
+Read once at import. An unknown MEGAMOE_* name or a value that does not parse raises, so that a typo is never ignored.
+"""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+_PREFIX = "MEGAMOE_"
+
+
+@dataclass(frozen=True)
+class Env:
+    check: bool = False
+    """MEGAMOE_CHECK=1: raise routing errors before the call starts instead of after it."""
+    cache_dir: Path = Path("~/.cache/megamoe").expanduser()
+    """MEGAMOE_CACHE_DIR: where compiled kernels are kept."""
+    shm_dir: Path = Path("/dev/shm")
+    """MEGAMOE_SHM_DIR: the tmpfs in which CPU ranks create their arena."""
+
+
+def _parse(name: str, kind: type, text: str) -> object:
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError(f"env: {name} must be 0 or 1, got {text!r}; unset it or correct it")
+        return text == "1"
+    return Path(text).expanduser()
+
+
+def read(environ: dict[str, str]) -> Env:
+    """Parse the MEGAMOE_* entries of `environ`. Raises ValueError for an unknown name or an unparsable value."""
+    known = {_PREFIX + f.name.upper(): f for f in fields(Env)}
+    given = {name: text for name, text in environ.items() if name.startswith(_PREFIX)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"env: {name} must be one of {', '.join(sorted(known))}; unset it or correct it")
+    return Env(**{known[name].name: _parse(name, known[name].type, text) for name, text in given.items()})
+
+
+env = read(dict(os.environ))
