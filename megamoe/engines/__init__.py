@@ -1,0 +1,13 @@
+"""Engines: one meaning of the layer, several ways to compute it."""
+
+from megamoe.engines.base import ENGINES, Engine, Traffic, choose_engine
+from megamoe.engines.reference import ReferenceEngine
+
+__all__ = ["ENGINES", "Engine", "ReferenceEngine", "Traffic", "choose_engine", "create_engine"]
+
+_CLASSES = {"reference": ReferenceEngine}
+
+
+def create_engine(name: str, cfg, arena) -> Engine:
+    """Build the engine `name` (as returned by `choose_engine`) for `cfg` over `arena`."""
+    return _CLASSES[name](cfg, arena)

@@ -1,0 +1,7 @@
+"""One file per op: checks and launch. No torch.distributed here."""
+
+from megamoe.kernels.gemm import gemm
+from megamoe.kernels.grouped_gemm import grouped_gemm
+from megamoe.kernels.k_grouped_gemm import k_grouped_gemm
+
+__all__ = ["gemm", "grouped_gemm", "k_grouped_gemm"]

@@ -1,0 +1,41 @@
+// Symm: the arenas of all ranks as one of them sees them. A kernel takes it by value and reaches any rank's element through the accessors
+// of the generated `struct Layout`:
+//     *symm.at<&Layout::combine_ready>(peer, symm.rank, 0) = epoch;
+// Nothing else computes an address across ranks. Compiles with nvcc, NVRTC and a host compiler; includes no header for that reason.
+#pragma once
+
+#ifdef __CUDACC__
+#define MEGAMOE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MEGAMOE_HOST_DEVICE inline
+#endif
+
+namespace megamoe {
+
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using int64 = long long;
+using uint64 = unsigned long long;
+
+// Storage only: a number in an 8- or 16-bit float format, without arithmetic and without the header that would bring it.
+enum class E4m3 : uint8 {};
+enum class Bf16 : uint16 {};
+
+struct Symm {
+  // The largest NVLink domain in use, one NVL72 rack.
+  static constexpr uint32 kMaxRanks = 72;
+
+  uint64 base;               // address of this rank's arena
+  int64 offsets[kMaxRanks];  // arena of rank r minus base, as this rank loads and stores it; 0 for itself
+  uint32 rank;
+  uint32 num_ranks;
+
+  // Element (index...) of the region whose accessor is `Accessor`, in the arena of `peer`.
+  template <auto Accessor, typename... Index>
+  MEGAMOE_HOST_DEVICE auto at(uint32 peer, Index... index) const {
+    return Accessor(reinterpret_cast<uint8*>(base + offsets[peer]), static_cast<uint64>(index)...);
+  }
+};
+
+}  // namespace megamoe
