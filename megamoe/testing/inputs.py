@@ -4,6 +4,7 @@ Legend: T tokens of one rank, K top-k slots, E experts, H hidden, I intermediate
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -37,6 +38,8 @@ def _generator(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(hash(seed) % 2**63)
 
 
+# A rank takes its slice for the layer and the whole for the oracle: large cases should be drawn and quantised once.
+@lru_cache(maxsize=1)
 def global_weights(case: LayerCase) -> ExpertWeights:
     """All E experts in the precision of the config (FP4Weight, FP8Weight, BF16 or FP32), values of order one after each linear."""
     cfg, g = case.cfg, _generator(case.seed, 1)

@@ -197,6 +197,36 @@ def test_a_reset_can_be_repeated(rank_pool):
     assert works0 and works1
 
 
+def run_reset_that_stalls_halfway(rank: int, num_ranks: int):
+    """Rank 1 joins a reset, zeroes its words and stalls; rank 0 has zeroed its own by then and must not do so again."""
+    arena = Arena.create(CFG, timeout_s=0.2)
+    one_call(arena)
+    meet, num_meetings = arena._meet_for_reset, []
+
+    def stall_at_the_second() -> None:
+        num_meetings.append(1)
+        if rank == 1 and len(num_meetings) == 2:
+            time.sleep(0.6)
+        meet()
+
+    arena._meet_for_reset = stall_at_the_second
+    num_attempts = 0
+    while True:
+        num_attempts += 1
+        try:
+            arena.reset()
+            break
+        except PeerTimeoutError as error:
+            assert error.peer == 1 - rank
+    arena.timeout_s = 10.0
+    return num_attempts, [one_call(arena) for _ in range(3)], arena.epoch
+
+
+def test_a_reset_resumes_where_it_stopped(rank_pool):
+    (attempts, *works), (_, *peer_works) = rank_pool(2).run(run_reset_that_stalls_halfway)
+    assert attempts > 1 and works == peer_works == [[None] * 3, 3]
+
+
 def run_abort(rank: int, num_ranks: int):
     with Arena.create(CFG, timeout_s=10.0) as arena:
         arena.barrier()

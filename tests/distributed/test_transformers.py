@@ -184,8 +184,7 @@ def test_replaced_and_stock_models_live_side_by_side():
 
 def unsupported(model_name: str) -> str:
     message = ("replace_experts: model must be one with experts of Qwen3-MoE, Mixtral, DeepSeek-V3, DeepSeek-V4, gpt-oss, "
-               f"got {model_name}; "
-               "pass a model of one of these families that has not been replaced yet")
+               f"got {model_name}; pass a model of one of these families that has not been replaced yet")
     return f"^{re.escape(message)}$"
 
 
