@@ -123,6 +123,7 @@ class Arena(Calls):
             self._num_reset_steps += 1
         self._meet_for_reset()  # every rank has zeroed its words, so new ones are not lost
         self._num_reset_steps += 1
+        self._failure = None
 
     def close(self) -> None:
         """Give the memory back. Idempotent. Sync: collective; views must not be used afterwards."""

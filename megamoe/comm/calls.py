@@ -28,7 +28,7 @@ class Calls:
         """Start the next call on this rank. Raises RuntimeError if the last one left the arena in need of a reset."""
         self._check_open()
         if self._failure is not None:
-            raise RuntimeError(f"Arena: it cannot be used after a failed call ({self._failure}); call reset() on every rank")
+            raise RuntimeError(f"Arena: it cannot be used after a failed call; call reset() on every rank (the failure: {self._failure})")
         self.epoch += 1
 
     def fail_call(self, error: BaseException) -> None:

@@ -168,7 +168,7 @@ def test_a_failed_call_needs_a_reset(rank_pool):
         assert failed == (None if rank == 1 else (text, 1))
         assert waited < 2.0, "an abort does not wait for the deadline"
         cause = "out of memory" if rank == 1 else text
-        assert unusable == f"Arena: it cannot be used after a failed call ({cause}); call reset() on every rank"
+        assert unusable == f"Arena: it cannot be used after a failed call; call reset() on every rank (the failure: {cause})"
         assert words_are_zero and epoch == 0 and works
 
 
