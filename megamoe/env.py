@@ -10,11 +10,19 @@ from pathlib import Path
 _PREFIX = "MEGAMOE_"
 
 
+def _expand(text: str) -> Path:
+    """`text` with ~ replaced. A user without a home, as in many containers, gets a path that cannot be made: its users then do without."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path("/nonexistent", text.removeprefix("~/"))
+
+
 @dataclass(frozen=True)
 class Env:
     check: bool = False
     """MEGAMOE_CHECK=1: raise routing errors before the call starts instead of after it."""
-    cache_dir: Path = Path("~/.cache/megamoe").expanduser()
+    cache_dir: Path = _expand("~/.cache/megamoe")
     """MEGAMOE_CACHE_DIR: where compiled kernels are kept."""
     shm_dir: Path = Path("/dev/shm")
     """MEGAMOE_SHM_DIR: the tmpfs in which CPU ranks create their arena."""
@@ -25,7 +33,7 @@ def _parse(name: str, kind: type, text: str) -> object:
         if text not in ("0", "1"):
             raise ValueError(f"env: {name} must be 0 or 1, got {text!r}; unset it or correct it")
         return text == "1"
-    return Path(text).expanduser()
+    return _expand(text)
 
 
 def read(environ: dict[str, str]) -> Env:

@@ -1,26 +1,12 @@
 // Symm: the arenas of all ranks as one of them sees them. A kernel takes it by value and reaches any rank's element through the accessors
 // of the generated `struct Layout`:
 //     *symm.at<&Layout::combine_ready>(peer, symm.rank, 0) = epoch;
-// Nothing else computes an address across ranks. Compiles with nvcc, NVRTC and a host compiler; includes no header for that reason.
+// Nothing else computes an address across ranks. Compiles with nvcc, NVRTC and a host compiler; includes no standard header for that reason.
 #pragma once
 
-#ifdef __CUDACC__
-#define MEGAMOE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MEGAMOE_HOST_DEVICE inline
-#endif
+#include <megamoe/base.cuh>
 
 namespace megamoe {
-
-using uint8 = unsigned char;
-using uint16 = unsigned short;
-using uint32 = unsigned int;
-using int64 = long long;
-using uint64 = unsigned long long;
-
-// Storage only: a number in an 8- or 16-bit float format, without arithmetic and without the header that would bring it.
-enum class E4m3 : uint8 {};
-enum class Bf16 : uint16 {};
 
 struct Symm {
   // The largest NVLink domain in use, one NVL72 rack.

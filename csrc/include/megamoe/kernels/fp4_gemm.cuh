@@ -1,0 +1,96 @@
+// fp4_gemm: y[row, :] = x[row, :] @ W[group of row]^T with E4M3 tokens (one UE8M0 scale per token) and FP4 weights in sm_90a kernel layout.
+//
+// Operands are swapped: 64 weight rows are the M side of each wgmma (A, expanded from FP4 in registers), tokens are the N side (B, from shared
+// memory). One persistent block per SM walks the tiles of schedule/grouped_tiles.cuh:
+//
+//     loader (1 thread)    weights by bulk copy, tokens by tensor copy  -> ring of stages, one K = 128 block each
+//     math warpgroups      64 weight rows each: expand, multiply, promote every 512 of K, then the epilogue
+//
+// Static facts first: Params, SmemPlan, barriers. Roles are in roles/; this file is their table of contents.
+#pragma once
+
+#include <megamoe/arch/sm90_fp4.cuh>
+#include <megamoe/ptx/control.cuh>
+#include <megamoe/ptx/copy.cuh>
+#include <megamoe/ptx/wgmma.cuh>
+#include <megamoe/schedule/grouped_tiles.cuh>
+#include <megamoe/sync/pipeline.cuh>
+
+namespace megamoe {
+
+constexpr uint32 kMaxTokenTileSizes = 16;
+
+struct Fp4GemmParams {
+  ptx::TensorMap x_maps[kMaxTokenTileSizes];  // codes of x [num_rows, K]; box [token tile, 128]
+  const uint8* w_blocks;                      // [G, num_row_blocks, num_k_blocks, 4352]
+  const uint8* w_row_base;                    // [G, 64 * num_row_blocks]
+  const uint8* x_sf;                          // [num_rows] UE8M0
+  Bf16* out;                                  // [num_rows, n]: epilogues store and accumulate
+  Grouping grouping;
+  uint32 n;                                   // weight rows without padding
+  uint32 num_row_blocks, num_k_blocks;        // storage units per group
+  // Epilogue swiglu:
+  const float* bias;                          // [G, n] in kernel row order, or null
+  const float* row_weight;                    // [num_rows], or null
+  uint8* a_codes;                             // [num_rows, n / 2] E4M3
+  uint8* a_sf;                                // [num_rows, n / 64] UE8M0 per 32 channels
+  float limit, alpha, up_bias;                // limit: +inf for none; alpha: 1 with up_bias 0 is SiLU
+};
+
+// Shared memory of a block. Stage s holds kTileRows / 64 weight units, then the tokens at a 1024-byte boundary, as the swizzle wants.
+template <class Config>
+struct SmemPlan {
+  static constexpr uint32 kWeightBytes = Config::kMathWarpgroups * sm90::WeightUnit::kBytes;
+  static constexpr uint32 kTokensOffset = round_up(kWeightBytes, 1024);
+  static constexpr uint32 kMaxTokens = Config::TokenTiles::largest();
+  static constexpr uint32 kStageBytes = kTokensOffset + kMaxTokens * sm90::WeightUnit::kK;
+  // Epilogue staging of one warpgroup: a token per row, 64 channels in BF16; 16 bytes of padding keep 8 consecutive rows in different banks.
+  static constexpr uint32 kStagingPitch = 64 * 2 + 16;
+  static constexpr uint32 kStagingBytes = kMaxTokens * kStagingPitch;
+  // Per token of a tile: scale and row weight; per token and warp: the maximum that the warpgroup agrees on (swiglu).
+  static constexpr uint32 kTokenFloats = Config::kSwiglu ? 6 : 1;
+
+  static constexpr uint32 kStaging = Config::kStages * kStageBytes;
+  static constexpr uint32 kTokenValues = kStaging + Config::kMathWarpgroups * kStagingBytes;
+  static constexpr uint32 kTable = kTokenValues + Config::kMathWarpgroups * kTokenFloats * kMaxTokens * 4;
+  static constexpr uint32 kBarriers = round_up(kTable + sizeof(GroupTable<Config>), 16);
+  static constexpr uint32 kBytes = kBarriers + Pipeline<Config::kStages>::kBarrierBytes;
+};
+
+// Named barriers; 0 is __syncthreads. Each math warpgroup has its own for its epilogue.
+enum NamedBarrier : uint32 { kEpilogueBarrier = 1 };
+
+}  // namespace megamoe
+
+#include <megamoe/roles/gemm_load.cuh>
+#include <megamoe/roles/gemm_math.cuh>
+
+namespace megamoe {
+
+template <class Config>
+MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
+  using Plan = SmemPlan<Config>;
+  extern __shared__ __align__(1024) uint8 smem[];
+  auto& table = *reinterpret_cast<GroupTable<Config>*>(smem + Plan::kTable);
+  const uint32 base = ptx::shared_address(smem), barriers = base + Plan::kBarriers;
+  constexpr uint32 kLoaderThread = Config::kMathWarpgroups * 128;
+  const uint32 warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == kLoaderThread) {
+    for (uint32 i = 0; i < Config::TokenTiles::kCount; ++i) ptx::prefetch_tensor_map(&p.x_maps[i]);
+    Pipeline<Config::kStages>::init(barriers, Config::kMathWarpgroups * 4);
+    ptx::fence_mbarrier_init();
+  }
+  table.build(p.grouping, ceil_div(p.num_row_blocks, Config::kMathWarpgroups), threadIdx.x, Config::kThreads);
+  __syncthreads();
+
+  if (warpgroup == Config::kMathWarpgroups) {
+    ptx::give_registers<Config::kAuxRegisters>();
+    if (threadIdx.x == kLoaderThread) gemm_load<Config>(p, table, base);
+  } else {
+    ptx::take_registers<Config::kMathRegisters>();
+    gemm_math<Config>(p, table, base, warpgroup);
+  }
+}
+
+}  // namespace megamoe

@@ -1,0 +1,43 @@
+// Bulk and tensor copies into shared memory that complete on an mbarrier (PTX ISA, "cp.async.bulk").
+#pragma once
+
+#include <megamoe/base.cuh>
+
+namespace megamoe::ptx {
+
+// CUtensorMap, made by the host; opaque here.
+struct alignas(64) TensorMap {
+  uint64 opaque[16];
+};
+
+MEGAMOE_DEVICE uint64 policy_evict_first() {
+  uint64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+MEGAMOE_DEVICE uint64 policy_evict_normal() {
+  uint64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+MEGAMOE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Addresses and size are multiples of 16 bytes.
+MEGAMOE_DEVICE void bulk_load(uint32 destination, const void* source, uint32 num_bytes, uint32 barrier, uint64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(destination),
+               "l"(source), "r"(num_bytes), "r"(barrier), "l"(policy)
+               : "memory");
+}
+
+// Box of the map at (column, row); what lies outside the tensor arrives as zeros and counts as bytes.
+MEGAMOE_DEVICE void tensor_load_2d(uint32 destination, const TensorMap* map, int32 column, int32 row, uint32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3}], [%4];" ::"r"(destination),
+               "l"(map), "r"(column), "r"(row), "r"(barrier)
+               : "memory");
+}
+
+}  // namespace megamoe::ptx

@@ -1,0 +1,32 @@
+// mbarrier in shared memory. One function per instruction (PTX ISA, "mbarrier").
+#pragma once
+
+#include <megamoe/base.cuh>
+
+namespace megamoe::ptx {
+
+MEGAMOE_DEVICE void mbarrier_init(uint32 barrier, uint32 num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
+}
+
+// Makes the initialisation visible to the asynchronous proxy and to the cluster.
+MEGAMOE_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+MEGAMOE_DEVICE void mbarrier_arrive(uint32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+MEGAMOE_DEVICE void mbarrier_arrive_expect_bytes(uint32 barrier, uint32 num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
+}
+
+// Waits for the completion of the phase with this parity (acquire).
+MEGAMOE_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra arrived;\n"
+      "bra again;\n"
+      "arrived:}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+}  // namespace megamoe::ptx

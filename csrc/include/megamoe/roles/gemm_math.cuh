@@ -1,0 +1,177 @@
+// Math warpgroup: 64 weight rows of every tile. Expand FP4 in registers, multiply, promote, hand the sums to the epilogue.
+#pragma once
+
+#include <megamoe/kernels/fp4_gemm.cuh>
+#include <megamoe/roles/store_epilogue.cuh>
+#include <megamoe/roles/swiglu_epilogue.cuh>
+
+namespace megamoe {
+
+// The tensor cores add with 14 significant bits: every 512 of K the sums move to FP32 registers. Error against FP64 at K = 7168: 2.8e-4 with 512,
+// 1.7e-4 with 256, 1.6e-3 without (H200, 2026-11-21); BF16 rounding alone is 1.7e-3.
+constexpr uint32 kPromotionBlocks = 4;
+
+// Starts sums (+)= A * B for the four k32 steps of the stage at `stage`. `fresh`: the sums start from zero.
+template <class Config, uint32 kTokens>
+MEGAMOE_DEVICE void multiply(float (&sums)[kTokens / 2], const sm90::WeightFragment& a, uint32 stage, bool fresh) {
+  const uint64 tokens = ptx::descriptor_128b_swizzle(stage + SmemPlan<Config>::kTokensOffset);
+  ptx::pin_registers(sums);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (uint32 j = 0; j < 4; ++j)
+    ptx::WgmmaE5m2E4m3<kTokens>::mma(sums, a[4 * j], a[4 * j + 1], a[4 * j + 2], a[4 * j + 3], tokens + 2 * j, j > 0 || !fresh);
+  ptx::wgmma_commit();
+  ptx::pin_registers(sums);
+}
+
+// One warpgroup's view of the ring.
+template <class Config>
+struct StageReader {
+  Pipeline<Config::kStages> pipe;
+  uint32 base, warpgroup, thread;
+
+  MEGAMOE_DEVICE uint32 stage() const { return base + pipe.stage * SmemPlan<Config>::kStageBytes; }
+  MEGAMOE_DEVICE void expand(sm90::WeightFragment& a) const {
+    pipe.wait_full();
+    sm90::load_fragment(stage() + warpgroup * sm90::WeightUnit::kBytes, thread, a);
+  }
+  // Every warp says for itself that it has read the stage: its own LDS and its quarter of the wgmma.
+  MEGAMOE_DEVICE void release(uint32 empty_barrier) const {
+    if (thread % 32 == 0) ptx::mbarrier_arrive(empty_barrier);
+  }
+};
+
+// One tile's sums over K.
+template <class Config, uint32 kTokens>
+struct Accumulator {
+  float totals[kTokens / 2];
+  sm90::WeightFragment even;  // the tile's next even block, expanded
+
+  // Sums the tile. On entry the current stage is the tile's first and `even` holds it; on exit the current stage is the one after its last.
+  MEGAMOE_DEVICE void run(StageReader<Config>& reader, uint32 num_k_blocks) {
+    float sums[kTokens / 2];
+    sm90::WeightFragment odd;
+#pragma unroll
+    for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] = sums[i] = 0.0f;
+    uint32 k = 0;
+    // While one block multiplies, the next is expanded; at most one group is left running, so nothing waits for the tensor cores to drain except the
+    // promotion. The interval is unrolled: a conditional promotion makes the assembler insert waits of its own (C7517).
+#pragma unroll 1
+    for (; k + kPromotionBlocks <= num_k_blocks; k += kPromotionBlocks) {
+      uint32 odd_empty = 0;
+#pragma unroll
+      for (uint32 pair = 0; pair < kPromotionBlocks / 2; ++pair) {
+        multiply<Config, kTokens>(sums, even, reader.stage(), pair == 0);
+        const uint32 even_empty = reader.pipe.empty();
+        reader.pipe.advance();
+        if (pair > 0) {
+          ptx::wgmma_wait<1>();
+          reader.release(odd_empty);
+        }
+        reader.expand(odd);
+        multiply<Config, kTokens>(sums, odd, reader.stage(), false);
+        ptx::wgmma_wait<1>();
+        reader.release(even_empty);
+        odd_empty = reader.pipe.empty();
+        reader.pipe.advance();
+        if (k + 2 * pair + 2 < num_k_blocks) reader.expand(even);
+      }
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(sums);
+      reader.release(odd_empty);
+#pragma unroll
+      for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] += sums[i];
+    }
+    // At most three blocks are left when K is no multiple of 512.
+#pragma unroll 1
+    for (; k < num_k_blocks; ++k) {
+      multiply<Config, kTokens>(sums, even, reader.stage(), true);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(sums);
+      reader.release(reader.pipe.empty());
+      reader.pipe.advance();
+      if (k + 1 < num_k_blocks) reader.expand(even);
+#pragma unroll
+      for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] += sums[i];
+    }
+  }
+};
+
+// A warpgroup without weight rows (last tile of N) keeps the ring moving.
+template <class Config>
+MEGAMOE_DEVICE void skip_tile(StageReader<Config>& reader, uint32 num_k_blocks) {
+#pragma unroll 1
+  for (uint32 k = 0; k < num_k_blocks; ++k) {
+    reader.pipe.wait_full();
+    reader.release(reader.pipe.empty());
+    reader.pipe.advance();
+  }
+}
+
+// A math warpgroup's walk over its tiles.
+template <class Config>
+struct TileWalk {
+  const Fp4GemmParams& p;
+  StageReader<Config> reader;
+  TileStream<Config> tiles;
+  Tile tile;       // the current one, if is_valid
+  bool is_valid;
+
+  MEGAMOE_DEVICE void next() { is_valid = tiles.next(tile); }
+  MEGAMOE_DEVICE uint32 row_block() const { return tile.row_tile * Config::kMathWarpgroups + reader.warpgroup; }
+  MEGAMOE_DEVICE bool has_rows() const { return row_block() < p.num_row_blocks; }
+  MEGAMOE_DEVICE bool takes(uint32 token_tile_idx) const { return is_valid && tile.token_tile_idx == token_tile_idx && has_rows(); }
+};
+
+// Computes tiles as long as they have this size. The first block of each is expanded before the epilogue of the one before it, and what the
+// epilogue needs is fetched before the sums, so that neither latency shows.
+template <class Config, uint32 kIdx>
+MEGAMOE_DEVICE void compute_tiles(TileWalk<Config>& walk) {
+  constexpr uint32 kTokens = Config::TokenTiles::at(kIdx);
+  Accumulator<Config, kTokens> accumulator;
+  walk.reader.expand(accumulator.even);
+  bool has_next = true;
+#pragma unroll 1
+  while (has_next) {
+    const EpilogueTile where(walk.p, walk.tile, walk.row_block(), walk.reader.thread);
+    walk.next();
+    accumulator.run(walk.reader, walk.p.num_k_blocks);
+    has_next = walk.takes(kIdx);
+    if (has_next) walk.reader.expand(accumulator.even);
+    if constexpr (Config::kSwiglu)
+      swiglu_epilogue<Config, kTokens>(accumulator.totals, walk.p, where, walk.reader.base, walk.reader.warpgroup);
+    else
+      store_epilogue<Config, kTokens>(accumulator.totals, walk.p, where, walk.reader.base, walk.reader.warpgroup);
+  }
+}
+
+// Each token tile size is a function of its own: an accumulator array shared between sizes would live in local memory.
+template <class Config, uint32 kIdx = 0>
+MEGAMOE_DEVICE void dispatch_tiles(TileWalk<Config>& walk) {
+  if constexpr (kIdx + 1 == Config::TokenTiles::kCount) {
+    compute_tiles<Config, kIdx>(walk);
+  } else {
+    if (walk.tile.token_tile_idx == kIdx)
+      compute_tiles<Config, kIdx>(walk);
+    else
+      dispatch_tiles<Config, kIdx + 1>(walk);
+  }
+}
+
+template <class Config>
+MEGAMOE_DEVICE void gemm_math(const Fp4GemmParams& p, const GroupTable<Config>& table, uint32 base, uint32 warpgroup) {
+  StageReader<Config> reader{Pipeline<Config::kStages>(base + SmemPlan<Config>::kBarriers), base, warpgroup, threadIdx.x % 128};
+  TileWalk<Config> walk{p, reader, TileStream<Config>(table, p.grouping.num_groups)};
+  walk.next();
+#pragma unroll 1
+  while (walk.is_valid) {
+    if (walk.has_rows()) {
+      dispatch_tiles<Config>(walk);
+    } else {
+      skip_tile<Config>(walk.reader, p.num_k_blocks);
+      walk.next();
+    }
+  }
+}
+
+}  // namespace megamoe

@@ -1,0 +1,110 @@
+// Epilogue store / accumulate: scale the sums of one warpgroup (64 weight rows x tokens), round to BF16, write token-major rows.
+//
+// The fragment is channel-major, the output token-major: 8x8 transposing stores bring it to shared memory as one token per row, from where 8 threads
+// write the 128 contiguous bytes of a token.
+#pragma once
+
+#include <megamoe/kernels/fp4_gemm.cuh>
+
+namespace megamoe {
+
+MEGAMOE_DEVICE float exponent_to_float(uint32 biased) { return __uint_as_float(biased == 0 ? 0x00400000u : biased << 23); }  // 2^(biased - 127)
+
+// Which rows and tokens a warpgroup's fragment is. Loads what the epilogue needs before the main loop starts, to hide the latency behind it.
+struct EpilogueTile {
+  uint32 group, row_block, first_row, num_tokens;
+  uint32 thread, warp, lane_group, lane_in_group;
+  // Bytes as loaded: combining them here would wait for them here.
+  uint32 row_bases[2];        // of this thread's upper and lower row
+  uint32 token_exponents[2];  // of tokens thread and thread + 128
+
+  MEGAMOE_DEVICE EpilogueTile(const Fp4GemmParams& p, const Tile& tile, uint32 row_block, uint32 thread)
+      : group(tile.group), row_block(row_block), first_row(tile.first_row), num_tokens(tile.num_tokens), thread(thread), warp(thread / 32),
+        lane_group(thread % 32 / 4), lane_in_group(thread % 4) {
+    const uint8* bases = p.w_row_base + uint64(group * p.num_row_blocks + row_block) * 64 + warp * 16 + lane_group;
+#pragma unroll
+    for (uint32 i = 0; i < 2; ++i) {
+      row_bases[i] = bases[8 * i];
+      const uint32 token = thread + 128 * i;
+      token_exponents[i] = token < num_tokens ? p.x_sf[first_row + token] : 127;
+    }
+  }
+
+  // 2^(row_base - 114): what the main loop's exponents leave out (formats/layout_sm90.py).
+  MEGAMOE_DEVICE float row_scale(uint32 half) const { return exponent_to_float(row_bases[half] + 127 - 114); }
+
+  // Writes value(i) for the tile's tokens i, this thread's share, to a row of floats in shared memory.
+  template <uint32 kTokens, class Value>
+  MEGAMOE_DEVICE void share(uint32 row, Value value) const {
+#pragma unroll
+    for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i)
+      if (thread + i * 128 < kTokens) ptx::st_shared_float(row + (thread + i * 128) * 4, value(i));
+  }
+
+  template <uint32 kTokens>
+  MEGAMOE_DEVICE void share_token_scales(uint32 row) const {
+    share<kTokens>(row, [&](uint32 i) { return exponent_to_float(token_exponents[i]); });
+  }
+};
+
+// Moves the warpgroup's 16-byte pieces of the tile between staging and the output: copy(staging address, output pointer) per piece.
+template <uint32 kTokens, class Copy>
+MEGAMOE_DEVICE void for_each_piece(const Fp4GemmParams& p, const EpilogueTile& tile, uint32 staging, uint32 pitch, Copy copy) {
+  const uint32 piece = tile.thread % 8, channel = tile.row_block * 64 + piece * 8;
+#pragma unroll
+  for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
+    const uint32 token = i * 16 + tile.thread / 8;
+    if (token < tile.num_tokens && channel < p.n)
+      copy(staging + token * pitch + piece * 16, p.out + uint64(tile.first_row + token) * p.n + channel);
+  }
+}
+
+template <class Config, uint32 kTokens>
+MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base, uint32 warpgroup) {
+  using Plan = SmemPlan<Config>;
+  const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
+  const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * Plan::kMaxTokens * 4;
+  const uint32 barrier = kEpilogueBarrier + warpgroup;
+  tile.share_token_scales<kTokens>(scales);
+  // After this barrier the scales are there and the warpgroup has finished reading the staging of its last tile.
+  ptx::barrier_sync<128>(barrier);
+  if constexpr (Config::kAccumulate) {
+    for_each_piece<kTokens>(p, tile, staging, Plan::kStagingPitch, [](uint32 to, const Bf16* from) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      ptx::st_shared_128(to, {v.x, v.y, v.z, v.w});
+    });
+    ptx::barrier_sync<128>(barrier);
+  }
+  const float upper = tile.row_scale(0), lower = tile.row_scale(1);
+  const uint32 lane = tile.thread % 32;
+  // Row of the 8x8 matrices that this lane addresses: token lane % 8, channels 0-7 of the warp for lanes 0-7 and 8-15 for lanes 8-15.
+  const uint32 matrix_row = staging + (lane % 8) * Plan::kStagingPitch + tile.warp * 32 + (lane / 8 % 2) * 16;
+  // Loads in batches: shared accesses stay in program order, and one load before each store would expose its latency every time.
+  constexpr uint32 kBatch = 4;
+#pragma unroll
+  for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
+    ptx::Words2 pairs[kBatch];
+#pragma unroll
+    for (uint32 i = 0; i < kBatch; ++i)
+      if (first + i < kTokens / 8) pairs[i] = ptx::ld_shared_64(scales + (8 * (first + i) + 2 * tile.lane_in_group) * 4);
+#pragma unroll
+    for (uint32 i = 0; i < kBatch; ++i) {
+      const uint32 j = first + i, row = matrix_row + j * 8 * Plan::kStagingPitch;
+      if (j >= kTokens / 8) break;
+      const float s0 = __uint_as_float(pairs[i].x), s1 = __uint_as_float(pairs[i].y);
+      float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1, totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
+      if constexpr (Config::kAccumulate) {
+        const ptx::Words2 old = ptx::ldmatrix_x2_trans(row);
+        v[0] += ptx::bf16_low(old.x), v[1] += ptx::bf16_high(old.x), v[2] += ptx::bf16_low(old.y), v[3] += ptx::bf16_high(old.y);
+      }
+      ptx::stmatrix_x2_trans(row, ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
+    }
+  }
+  ptx::barrier_sync<128>(barrier);
+  for_each_piece<kTokens>(p, tile, staging, Plan::kStagingPitch, [](uint32 from, Bf16* to) {
+    const ptx::Words4 v = ptx::ld_shared_128(from);
+    *reinterpret_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w);
+  });
+}
+
+}  // namespace megamoe

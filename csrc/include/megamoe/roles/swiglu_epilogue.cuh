@@ -1,0 +1,121 @@
+// Epilogue swiglu (linear 1): bias, clamp, gate, row weight, then E4M3 with one UE8M0 exponent per 32 channels (act_group 32).
+//
+// Gate and up rows are interleaved by 8, so one thread holds both of a channel: no exchange before the maximum. A warpgroup's 64 rows are
+// 32 channels, one group: the maximum runs over 8 lanes and 4 warps, and never leaves the warpgroup.
+#pragma once
+
+#include <megamoe/roles/store_epilogue.cuh>
+
+namespace megamoe {
+
+constexpr float kE4m3Max = 448.0f, kMinAmax = 1e-4f;
+
+// Magnitude for the maximum, in which NaN and Inf do not take part.
+MEGAMOE_DEVICE float finite_magnitude(float v) {
+  const float m = fabsf(v);
+  return m <= 3.4028235e38f ? m : 0.0f;
+}
+
+// Biased exponent of the smallest power of two s with amax <= 448 s. Integer arithmetic, as formats/ue8m0.py has it.
+MEGAMOE_DEVICE uint32 ceil_exponent(float amax) {
+  return 127 + ((__float_as_int(fmaxf(amax, kMinAmax)) - __float_as_int(kE4m3Max) + 0x7fffff) >> 23);
+}
+
+// Clamps propagate NaN: a comparison with NaN is false.
+MEGAMOE_DEVICE float clamp_above(float v, float limit) { return v > limit ? limit : v; }
+MEGAMOE_DEVICE float clamp_below(float v, float limit) { return v < limit ? limit : v; }
+
+MEGAMOE_DEVICE float gated(float gate, float up, const Fp4GemmParams& p) {
+  gate = clamp_above(gate, p.limit);
+  up = clamp_below(clamp_above(up, p.limit), -p.limit);
+  return gate / (1.0f + __expf(-p.alpha * gate)) * (up + p.up_bias);
+}
+
+// value * 2^(127 - e), Inf turned into NaN, since E4M3 has no Inf and saturation would hide it.
+MEGAMOE_DEVICE float scaled_for_e4m3(float v, float inverse) {
+  const float s = v * inverse;
+  return fabsf(s) <= 3.4028235e38f ? s : __int_as_float(0x7fffffff);
+}
+
+template <class Config, uint32 kTokens>
+MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base, uint32 warpgroup) {
+  using Plan = SmemPlan<Config>;
+  constexpr uint32 kChannels = 32, kRowBytes = Plan::kMaxTokens * 4, kPitch = 48;  // 48: 16-byte rows whose bytes spread over the banks
+  const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
+  const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * kRowBytes;
+  const uint32 weights = scales + kRowBytes, maxima = scales + 2 * kRowBytes;
+  const uint32 barrier = kEpilogueBarrier + warpgroup;
+  tile.share_token_scales<kTokens>(scales);
+  tile.share<kTokens>(weights, [&](uint32 i) {
+    const uint32 token = tile.thread + i * 128;
+    return p.row_weight != nullptr && token < tile.num_tokens ? p.row_weight[tile.first_row + token] : 1.0f;
+  });
+  float gate_bias = 0.0f, up_bias = 0.0f;
+  if (p.bias != nullptr) {
+    const uint32 row = tile.row_block * 64 + tile.warp * 16 + tile.lane_group;
+    gate_bias = p.bias[uint64(tile.group) * p.n + row];
+    up_bias = p.bias[uint64(tile.group) * p.n + row + 8];
+  }
+  ptx::barrier_sync<128>(barrier);
+
+  const float gate_scale = tile.row_scale(0), up_scale = tile.row_scale(1);
+  // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens.
+#pragma unroll
+  for (uint32 j = 0; j < kTokens / 8; ++j) {
+    const uint32 offset = (8 * j + 2 * tile.lane_in_group) * 4;
+    const ptx::Words2 s = ptx::ld_shared_64(scales + offset), w = ptx::ld_shared_64(weights + offset);
+    float largest[2];
+#pragma unroll
+    for (uint32 i = 0; i < 2; ++i) {
+      const float scale = __uint_as_float(i ? s.y : s.x);
+      const float gate = totals[4 * j + i] * gate_scale * scale + gate_bias, up = totals[4 * j + 2 + i] * up_scale * scale + up_bias;
+      totals[4 * j + i] = gated(gate, up, p) * __uint_as_float(i ? w.y : w.x);
+      largest[i] = finite_magnitude(totals[4 * j + i]);
+#pragma unroll
+      for (uint32 step = 4; step < 32; step *= 2) largest[i] = fmaxf(largest[i], __shfl_xor_sync(~0u, largest[i], step));
+    }
+    if (tile.lane_group == 0) {
+      ptx::st_shared_float(maxima + tile.warp * kRowBytes + offset, largest[0]);
+      ptx::st_shared_float(maxima + tile.warp * kRowBytes + offset + 4, largest[1]);
+    }
+  }
+  ptx::barrier_sync<128>(barrier);
+
+  // One thread per token agrees on the exponent, publishes it, and leaves its inverse where the scale was.
+#pragma unroll
+  for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i) {
+    const uint32 token = tile.thread + i * 128;
+    if (token < kTokens) {
+      float amax = 0.0f;
+#pragma unroll
+      for (uint32 warp = 0; warp < 4; ++warp) amax = fmaxf(amax, ptx::ld_shared_float(maxima + warp * kRowBytes + token * 4));
+      const uint32 e = ceil_exponent(amax);
+      ptx::st_shared_float(scales + token * 4, exponent_to_float(254 - e));
+      if (token < tile.num_tokens) p.a_sf[uint64(tile.first_row + token) * (p.n / 64) + tile.row_block] = e;
+    }
+  }
+  ptx::barrier_sync<128>(barrier);
+
+  const uint32 channel = tile.warp * 8 + tile.lane_group;
+#pragma unroll
+  for (uint32 j = 0; j < kTokens / 8; ++j) {
+    const uint32 token = 8 * j + 2 * tile.lane_in_group;
+    const ptx::Words2 inverse = ptx::ld_shared_64(scales + token * 4);
+    const uint32 codes = ptx::pack_e4m3(scaled_for_e4m3(totals[4 * j], __uint_as_float(inverse.x)),
+                                        scaled_for_e4m3(totals[4 * j + 1], __uint_as_float(inverse.y)));
+    ptx::st_shared_byte(staging + token * kPitch + channel, codes & 0xff);
+    ptx::st_shared_byte(staging + (token + 1) * kPitch + channel, codes >> 8);
+  }
+  ptx::barrier_sync<128>(barrier);
+#pragma unroll
+  for (uint32 i = 0; i < ceil_div(kTokens, 64); ++i) {
+    const uint32 token = i * 64 + tile.thread / 2, half = tile.thread % 2;
+    if (token < tile.num_tokens) {
+      const ptx::Words4 v = ptx::ld_shared_128(staging + token * kPitch + half * 16);
+      uint8* to = p.a_codes + uint64(tile.first_row + token) * (p.n / 2) + tile.row_block * kChannels + half * 16;
+      *reinterpret_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w);
+    }
+  }
+}
+
+}  // namespace megamoe

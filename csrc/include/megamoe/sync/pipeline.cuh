@@ -1,0 +1,50 @@
+// Pipeline: a ring of stages between one producer and several consumers of a block.
+//
+//     producer  --(full: bytes landed)-->  consumer warps
+//     producer  <--(empty: every consumer warp has finished reading)--  consumer warps
+//
+// Each role keeps its own Pipeline by value: position and phase are registers of the role, only the barriers are shared.
+#pragma once
+
+#include <megamoe/ptx/mbarrier.cuh>
+
+namespace megamoe {
+
+template <uint32 kStages>
+struct Pipeline {
+  static constexpr uint32 kBarrierBytes = kStages * 16;
+
+  uint32 barriers;  // shared address: kStages x {full, empty}
+  uint32 stage = 0, phase = 0;
+
+  // By one thread, before any role starts.
+  static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumer_warps) {
+    for (uint32 i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(barriers + i * 16, 1);
+      ptx::mbarrier_init(barriers + i * 16 + 8, num_consumer_warps);
+    }
+  }
+
+  MEGAMOE_DEVICE explicit Pipeline(uint32 barriers) : barriers(barriers) {}
+
+  MEGAMOE_DEVICE uint32 full() const { return barriers + stage * 16; }
+  MEGAMOE_DEVICE uint32 empty() const { return barriers + stage * 16 + 8; }
+
+  // Consumer: wait until the bytes of the current stage are there.
+  MEGAMOE_DEVICE void wait_full() const { ptx::mbarrier_wait(full(), phase); }
+
+  // Producer: wait until the current stage is free, then announce the bytes that will land in it.
+  MEGAMOE_DEVICE void acquire(uint32 num_bytes) const {
+    ptx::mbarrier_wait(empty(), phase ^ 1);
+    ptx::mbarrier_arrive_expect_bytes(full(), num_bytes);
+  }
+
+  MEGAMOE_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+}  // namespace megamoe

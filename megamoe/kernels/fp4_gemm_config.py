@@ -1,0 +1,104 @@
+"""Fp4GemmConfig: the static facts of one compiled fp4_gemm, and which of them are legal on sm_90a. Pure: no torch, no CUDA."""
+
+from dataclasses import dataclass
+
+from megamoe.errors import check
+
+OP = "fp4_gemm"
+UNIT_BYTES = 4352  # 64 weight rows x 128 K
+BLOCK_K = 128
+MAX_SMEM_BYTES = 232448
+STAGING_PITCH = 64 * 2 + 16
+EPILOGUES = ("store", "accumulate", "swiglu")
+GROUP_ENTRY_BYTES = 16
+# (math, aux) registers per thread by number of math warpgroups. The sum over the block must fit 64 K registers, or setmaxnreg hangs.
+REGISTERS = {2: (240, 24), 3: (160, 24), 4: (112, 32)}
+# Largest token tile whose two accumulator sets fit the registers above without a spill (compiled, nvcc 13.0).
+MAX_TOKEN_TILE = {2: 192, 3: 104, 4: 48}
+MAX_TOKEN_TILE_SIZES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp4GemmConfig:
+    """One compiled fp4_gemm.
+
+    Args:
+        num_math_warpgroups: 2, 3 or 4, of 64 weight rows each. More hide the latency of expanding FP4, fewer leave registers for more tokens.
+        token_tiles: ascending multiples of 8; per tile the kernel takes the smallest that needs no more tiles than the largest.
+        num_stages: K = 128 blocks in flight.
+        epilogue: "store" (BF16), "accumulate" (add to BF16) or "swiglu" (linear 1: gate, row weight, E4M3 per 32 channels).
+        max_groups: capacity of the group table, a power of two.
+
+    Raises:
+        ValueError: an argument is out of range, or shared memory does not hold the stages.
+    """
+
+    num_math_warpgroups: int
+    token_tiles: tuple[int, ...]
+    num_stages: int
+    epilogue: str = "store"
+    max_groups: int = 1
+
+    def __post_init__(self):
+        def need(ok: bool, what: str, expected: object, fix: str) -> None:
+            check(ok, OP, what, expected, getattr(self, what), fix)
+
+        need(self.num_math_warpgroups in REGISTERS, "num_math_warpgroups", f"one of {tuple(REGISTERS)}", "see REGISTERS")
+        largest = MAX_TOKEN_TILE[self.num_math_warpgroups]
+        tiles = self.token_tiles
+        is_legal = 0 < len(tiles) <= MAX_TOKEN_TILE_SIZES and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
+        need(is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles", f"ascending multiples of 8 up to {largest}", "use fewer warpgroups")
+        need(self.epilogue in EPILOGUES, "epilogue", f"one of {EPILOGUES}", "pick one of them")
+        need(self.max_groups > 0 and self.max_groups & (self.max_groups - 1) == 0, "max_groups", "a power of two", "round it up")
+        need(2 <= self.num_stages, "num_stages", "at least 2", "a ring needs two")
+        need(self.smem_bytes <= MAX_SMEM_BYTES, "num_stages", f"at most {self.fitting_stages} in {MAX_SMEM_BYTES} bytes", "use fewer stages")
+
+    @property
+    def tile_rows(self) -> int:
+        return 64 * self.num_math_warpgroups
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (self.num_math_warpgroups + 1)
+
+    @property
+    def math_registers(self) -> int:
+        return REGISTERS[self.num_math_warpgroups][0]
+
+    @property
+    def aux_registers(self) -> int:
+        return REGISTERS[self.num_math_warpgroups][1]
+
+    @property
+    def max_token_tile(self) -> int:
+        return self.token_tiles[-1]
+
+    @property
+    def stage_bytes(self) -> int:
+        return _round_up(self.num_math_warpgroups * UNIT_BYTES, 1024) + self.max_token_tile * BLOCK_K
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Shared memory beside the stages: epilogue staging, values per token, group table. The kernel asserts that the sum is its own."""
+        token_floats = 6 if self.epilogue == "swiglu" else 1
+        per_token = STAGING_PITCH + 4 * token_floats
+        return _round_up(self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 4, 16)
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.num_stages * (self.stage_bytes + 16) + self.fixed_bytes
+
+    @property
+    def fitting_stages(self) -> int:
+        return (MAX_SMEM_BYTES - self.fixed_bytes) // (self.stage_bytes + 16)
+
+
+def _round_up(a: int, b: int) -> int:
+    return -(-a // b) * b
+
+
+def with_most_stages(*, num_math_warpgroups: int, token_tiles: tuple[int, ...], epilogue: str = "store", max_groups: int = 1,
+                     limit: int = 16) -> Fp4GemmConfig:
+    """The config with as many stages as shared memory holds, at most `limit`."""
+    shape = {"num_math_warpgroups": num_math_warpgroups, "token_tiles": token_tiles, "epilogue": epilogue, "max_groups": max_groups}
+    return Fp4GemmConfig(**shape, num_stages=min(limit, Fp4GemmConfig(**shape, num_stages=2).fitting_stages))

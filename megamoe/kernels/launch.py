@@ -1,0 +1,148 @@
+"""Launching: Kernel.launch, parameter blocks with the layout of C++, and tensor maps. Allocates nothing on the device, never synchronises."""
+
+import ctypes
+import functools
+
+import torch
+
+from megamoe.errors import check
+from megamoe.kernels import driver
+from megamoe.kernels.compiler import Cubin
+from megamoe.kernels.driver import TensorMap
+
+_MAX_CONFIGS = 1024  # of one kernel; a launch shape that changes with every call must not grow memory
+_MAX_TENSOR_MAPS = 4096
+_byref, _addressof, _pointer = ctypes.byref, ctypes.addressof, ctypes.c_void_p
+
+
+class Kernel:
+    """A kernel loaded on one device. `num_registers` is what a thread is launched with."""
+
+    def __init__(self, name: str, cubin: Cubin, entry: str, device: int):
+        self.name = name
+        self.device = device
+        self.num_registers = cubin.num_registers
+        function = driver.load(cubin.code, entry, device)
+        self.max_smem_bytes = function.max_dynamic_smem_bytes
+        self._function = function.handle
+        self._call = driver.library().cuLaunchKernelEx
+        self._configs: dict[tuple, object] = {}
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name}, cuda:{self.device}, {self.num_registers} registers, up to {self.max_smem_bytes} B of shared memory)"
+
+    def launch(self, grid: int, block: int, smem_bytes: int, params: ctypes.Structure, stream: int, *, cluster: int = 1, pdl: bool = False,
+               cooperative: bool = False) -> None:
+        """Enqueue one launch. The kernel's device must be current.
+
+        Args:
+            grid, block: number of blocks, and of threads per block.
+            smem_bytes: dynamic shared memory.
+            params: the kernel's only parameter, by value; the driver copies it before this returns. See `params_struct`.
+            stream: cudaStream_t, e.g. torch.cuda.current_stream().cuda_stream.
+            cluster: blocks per cluster along x.
+            pdl: the kernel may start before the one before it in the stream ends (it waits itself with griddepcontrol.wait).
+            cooperative: refuse a grid that does not fit on the device at once.
+
+        Raises:
+            RuntimeError: the driver refused; carries its text and the launch shape.
+
+        Sync: stream-ordered, no host sync, safe under CUDA graph capture.
+        """
+        key = (grid, block, smem_bytes, stream, cluster, pdl, cooperative)
+        config = self._configs.get(key)
+        if config is None:
+            config = self._add_config(key)
+        status = self._call(config, self._function, _byref(_pointer(_addressof(params))), None)
+        if status:
+            driver.check(status, f"launching {self.name} with grid {grid}, block {block}, cluster {cluster}, {smem_bytes} B of shared memory")
+
+    def _add_config(self, key: tuple) -> object:
+        """The launch shape as the driver wants it. Never written again, so that threads may share it."""
+        grid, block, smem_bytes, stream, cluster, pdl, cooperative = key
+        attributes = []
+        if cluster > 1:
+            attributes.append(driver.LaunchAttribute(id=driver.CLUSTER_DIMENSION))
+            attributes[-1].value.cluster[:] = (cluster, 1, 1)
+        for is_set, attribute in ((pdl, driver.PROGRAMMATIC_STREAM_SERIALIZATION), (cooperative, driver.COOPERATIVE)):
+            if is_set:
+                attributes.append(driver.LaunchAttribute(id=attribute))
+                attributes[-1].value.flag = 1
+        array = (driver.LaunchAttribute * len(attributes))(*attributes)
+        config = driver.LaunchConfig((grid, 1, 1), (block, 1, 1), smem_bytes, stream, array, len(attributes))
+        if len(self._configs) >= _MAX_CONFIGS:
+            self._configs.clear()
+        self._configs[key] = _byref(config)
+        return self._configs[key]
+
+
+class Params(ctypes.Structure):
+    """Base of parameter blocks."""
+
+    @classmethod
+    def allocate(cls, **values: object) -> "Params":
+        """A block at an address of the alignment that its members want, with `values` filled in and the rest zero."""
+        buffer = ctypes.create_string_buffer(ctypes.sizeof(cls) + cls.alignment)
+        block = cls.from_buffer(buffer, -_addressof(buffer) % cls.alignment)
+        for name, value in values.items():
+            setattr(block, name, value)
+        return block
+
+
+def params_struct(name: str, members: list[tuple[str, type]]) -> type[Params]:
+    """A ctypes struct laid out like the C++ struct with the same members, TensorMaps (and arrays of them) at multiples of 64 bytes.
+
+    ctypes has no alignas before Python 3.13, hence the explicit padding. Members are assigned by name: block.x_map = tensor_map_2d(...).
+    """
+    padded, size, alignment = [], 0, 1
+    for member, kind in members:
+        wanted = _alignment(kind)
+        if size % wanted:
+            gap = -size % wanted
+            padded.append((f"_pad_before_{member}", ctypes.c_uint8 * gap))
+            size += gap
+        padded.append((member, kind))
+        size += ctypes.sizeof(kind)
+        alignment = max(alignment, wanted)
+    if size % alignment:
+        padded.append(("_pad_at_end", ctypes.c_uint8 * (-size % alignment)))
+    return type(name, (Params,), {"_fields_": padded, "alignment": alignment})
+
+
+def _alignment(kind: type) -> int:
+    """alignof in C++: of the element for arrays."""
+    while hasattr(kind, "_length_"):
+        kind = kind._type_
+    return getattr(kind, "alignment", None) or ctypes.alignment(kind)
+
+
+def tensor_map_2d(tensor: torch.Tensor, box_rows: int, box_cols: int, swizzle_bytes: int = 128) -> TensorMap:
+    """Describe a matrix of bytes for tensor copies of [box_rows, box_cols]; what a box reads outside the matrix is zero.
+
+    Args:
+        tensor: [rows, cols] of a 1-byte dtype, cols contiguous, rows at multiples of 16 bytes, on a GPU.
+        box_rows, box_cols: 1 to 256; with a swizzle, box_cols is at most its width.
+        swizzle_bytes: 0, 32, 64 or 128.
+
+    Returns:
+        128 bytes to assign to a member of a parameter block. Cached by address, shape, strides and box: do not write to it.
+
+    Raises:
+        ValueError: the tensor or the box is not of this kind; an empty matrix has no map.
+    """
+    return _tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, box_rows, box_cols, swizzle_bytes)
+
+
+@functools.lru_cache(maxsize=_MAX_TENSOR_MAPS)
+def _tensor_map(address: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, box_rows: int, box_cols: int,
+                swizzle_bytes: int) -> TensorMap:
+    op = "tensor_map_2d"
+    check(len(shape) == 2 and min(shape) > 0, op, "shape", "[rows, cols] with neither zero", list(shape), "launch nothing for an empty tensor")
+    check(dtype.itemsize == 1, op, "dtype", "of one byte per element", dtype, "view it as uint8")
+    check(stride[1] == 1 and stride[0] % 16 == 0, op, "strides", "(a multiple of 16, 1)", stride, "call .contiguous() or pad the rows")
+    check(address % 16 == 0, op, "data_ptr", "a multiple of 16", address, "do not start the tensor inside a 16-byte block")
+    check(swizzle_bytes in driver.SWIZZLES, op, "swizzle_bytes", f"one of {tuple(driver.SWIZZLES)}", swizzle_bytes, "pick one of them")
+    widest = swizzle_bytes or 256
+    fits = 1 <= box_rows <= 256 and 16 <= box_cols <= widest and box_cols % 16 == 0
+    check(fits, op, "box", f"[1..256, multiple of 16 up to {widest}]", [box_rows, box_cols], "copy in several boxes")
+    return driver.encode_tensor_map(address, shape[0], shape[1], stride[0], box_rows, box_cols, swizzle_bytes)

@@ -1,0 +1,205 @@
+"""megamoe.kernels.launch and driver without a GPU: what reaches a stand-in for libcuda, the layout of parameter blocks, refusals, host time."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+
+from megamoe.kernels import driver, launch
+from megamoe.kernels.compiler import Cubin
+from megamoe.kernels.driver import LaunchAttribute, LaunchConfig, TensorMap
+from megamoe.kernels.launch import Kernel, params_struct, tensor_map_2d
+
+CUBIN = Cubin(b"code", "", 168, 0, 0)
+Params = params_struct("Params", [("out", ctypes.c_void_p), ("x_maps", TensorMap * 2), ("rows", ctypes.c_uint32)])
+
+
+def target(reference, kind):
+    """What a byref() argument or a pointer points to."""
+    return ctypes.cast(reference, ctypes.POINTER(kind)).contents
+
+
+class FakeDriver:
+    """As much of libcuda as is called; records launches and tensor maps, and refuses with `status`."""
+
+    def __init__(self):
+        self.status, self.launches, self.maps, self.attributes = 0, [], [], []
+        self.optin, self.static = 232448, 1024
+
+    def __getattr__(self, name):
+        assert name.startswith("cu"), name
+        return lambda *args: 0
+
+    def cuGetErrorName(self, status, name):
+        target(name, ctypes.c_char_p).value = b"CUDA_ERROR_INVALID_VALUE"
+
+    def cuGetErrorString(self, status, text):
+        target(text, ctypes.c_char_p).value = b"invalid argument"
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        target(value, ctypes.c_int).value = {97: self.optin}[attribute]
+        return 0
+
+    def cuKernelGetAttribute(self, value, attribute, kernel, device):
+        target(value, ctypes.c_int).value = {1: self.static}[attribute]
+        return 0
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        self.attributes.append((attribute, value))
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, params, extra):
+        told = target(config, LaunchConfig)
+        attributes = [(a.id, tuple(a.value.cluster) if a.id == driver.CLUSTER_DIMENSION else a.value.flag)
+                      for a in (told.attributes[i] for i in range(told.num_attributes))]
+        block = target(target(params, ctypes.c_void_p), ctypes.c_void_p)
+        self.launches.append((tuple(told.grid), tuple(told.block), told.smem_bytes, told.stream, attributes, ctypes.addressof(block), extra))
+        return self.status
+
+    def cuTensorMapEncodeTiled(self, tensor_map, *args):
+        assert ctypes.addressof(target(tensor_map, TensorMap)) % 64 == 0
+        dtype, rank, address, dims, strides, box, steps, interleave, swizzle, promotion, fill = args
+        self.maps.append((dtype, rank, address.value, tuple(dims), tuple(strides), tuple(box), tuple(steps), interleave, swizzle, promotion, fill))
+        target(tensor_map, TensorMap).opaque[0] = len(self.maps)
+        return self.status
+
+
+@pytest.fixture
+def fake(monkeypatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(driver, "library", lambda: fake)
+    launch._tensor_map.cache_clear()
+    yield fake
+    launch._tensor_map.cache_clear()
+
+
+def test_a_kernel_may_use_all_shared_memory_that_its_static_part_leaves(fake):
+    kernel = Kernel("op", CUBIN, "entry", 3)
+    assert fake.attributes == [(8, 231424)]
+    assert repr(kernel) == "Kernel(op, cuda:3, 168 registers, up to 231424 B of shared memory)"
+
+
+def test_what_a_launch_passes(fake):
+    kernel, params = Kernel("op", CUBIN, "entry", 0), Params.allocate()
+    kernel.launch(132, 384, 200000, params, 0x7F0012345678)
+    kernel.launch(132, 384, 200000, params, 0, cluster=2, pdl=True, cooperative=True)
+    address = ctypes.addressof(params)
+    assert fake.launches == [
+        ((132, 1, 1), (384, 1, 1), 200000, 0x7F0012345678, [], address, None),
+        ((132, 1, 1), (384, 1, 1), 200000, None, [(4, (2, 1, 1)), (6, 1), (2, 1)], address, None)]
+
+
+def test_structs_have_the_layout_of_cuda_h():
+    assert (ctypes.sizeof(LaunchConfig), LaunchConfig.stream.offset, LaunchConfig.attributes.offset, LaunchConfig.num_attributes.offset) == (56, 32, 40, 48)
+    assert (ctypes.sizeof(LaunchAttribute), LaunchAttribute.value.offset) == (72, 8)
+
+
+def test_launch_shapes_are_bounded(fake):
+    kernel, params = Kernel("op", CUBIN, "entry", 0), Params.allocate()
+    for grid in range(1, 3000):
+        kernel.launch(grid, 128, 0, params, 0)
+    assert len(kernel._configs) <= 1024 and [shape[0][0] for shape in fake.launches] == list(range(1, 3000))
+
+
+def test_a_refused_launch_says_what_was_asked(fake):
+    kernel = Kernel("op", CUBIN, "entry", 0)
+    fake.status = 1
+    message = ("CUDA driver: launching op with grid 1, block 2048, cluster 1, 0 B of shared memory failed with "
+               "CUDA_ERROR_INVALID_VALUE (1): invalid argument")
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        kernel.launch(1, 2048, 0, Params.allocate(), 0)
+
+
+def test_host_time_of_a_launch(fake):
+    """Everything but the driver, with a cheap C function in its place: 1 us on an idle core."""
+    kernel, params = Kernel("op", CUBIN, "entry", 0), Params.allocate()
+    kernel._call, kernel._function = ctypes.CDLL(None).sched_yield, ctypes.c_void_p(1)
+    times = []
+    for _ in range(2000):
+        begin = time.perf_counter_ns()
+        kernel.launch(132, 384, 200000, params, 0x7F0012345678, pdl=True)
+        times.append((time.perf_counter_ns() - begin) / 1e3)
+    median = sorted(times)[1000]
+    print(f"Kernel.launch without the driver: {median:.2f} us")
+    assert median <= 12
+
+
+def test_layout_of_a_parameter_block():
+    assert (Params.out.offset, Params.x_maps.offset, Params.rows.offset, ctypes.sizeof(Params), Params.alignment) == (0, 64, 320, 384, 64)
+    for _ in range(20):
+        block = Params.allocate(rows=7)
+        assert ctypes.addressof(block) % 64 == 0 and block.rows == 7 and block.out is None
+    plain = params_struct("Plain", [("a", ctypes.c_uint8), ("b", ctypes.c_float), ("c", ctypes.c_uint8)])
+    assert (plain.b.offset, plain.c.offset, ctypes.sizeof(plain), plain.alignment) == (4, 8, 12, 4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_layout_of_a_parameter_block_in_cpp(tmp_path):
+    nested = params_struct("Nested", [("a", ctypes.c_uint8), ("map", TensorMap), ("b", ctypes.c_uint16)])
+    outer = params_struct("Outer", [("n", ctypes.c_uint32), ("nested", nested * 2), ("p", ctypes.c_void_p), ("c", ctypes.c_uint8)])
+    source = tmp_path / "layout.cpp"
+    claims = [f"offsetof(Outer, {name}) == {getattr(outer, name).offset}" for name in ("n", "nested", "p", "c")]
+    claims += [f"offsetof(Nested, {name}) == {getattr(nested, name).offset}" for name in ("a", "map", "b")]
+    claims += [f"sizeof(Outer) == {ctypes.sizeof(outer)}", f"alignof(Outer) == {outer.alignment}"]
+    source.write_text("#include <cstddef>\nstruct alignas(64) Map { unsigned long long opaque[16]; };\n"
+                      "struct Nested { unsigned char a; Map map; unsigned short b; };\n"
+                      "struct Outer { unsigned n; Nested nested[2]; void* p; unsigned char c; };\n"
+                      + "".join(f"static_assert({claim});\n" for claim in claims))
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", source], check=True)
+
+
+def aligned(rows: int, cols: int) -> torch.Tensor:
+    return torch.zeros(rows, cols, dtype=torch.uint8)
+
+
+def test_what_a_tensor_map_says(fake):
+    x = aligned(100, 7168)[:, :2880].view(torch.float8_e4m3fn)
+    found = tensor_map_2d(x, 64, 128)
+    # UINT8, 2-D, columns first, row stride in bytes, 128-byte swizzle, L2 promotion 256 B, zeros outside
+    assert fake.maps == [(0, 2, x.data_ptr(), (2880, 100), (7168,), (128, 64), (1, 1), 0, 3, 3, 0)]
+    assert bytes(found) == bytes([1] + [0] * 127)
+    block = Params.allocate()
+    block.x_maps[1] = found
+    assert bytes(block)[192:320] == bytes(found)
+
+
+def test_tensor_maps_are_cached_by_what_they_describe(fake):
+    x = aligned(64, 256)
+    first = tensor_map_2d(x, 64, 128)
+    assert tensor_map_2d(x[:, :], 64, 128) is first and len(fake.maps) == 1
+    variants = [tensor_map_2d(x[:32], 64, 128), tensor_map_2d(x[32:], 64, 128), tensor_map_2d(x, 32, 128), tensor_map_2d(x, 64, 64),
+                tensor_map_2d(x, 64, 32, swizzle_bytes=32), tensor_map_2d(x.view(128, 128), 64, 128), tensor_map_2d(x[:, :128], 64, 128)]
+    assert len({id(v) for v in [first, *variants]}) == 8 and len(fake.maps) == 8
+
+
+@pytest.mark.parametrize("tensor, box, message", [
+    (aligned(0, 128), (8, 128), "shape must be [rows, cols] with neither zero, got [0, 128]; launch nothing for an empty tensor"),
+    (aligned(8, 128)[0], (8, 128), "shape must be [rows, cols] with neither zero, got [128]; launch nothing for an empty tensor"),
+    (aligned(8, 128).short(), (8, 128), "dtype must be of one byte per element, got torch.int16; view it as uint8"),
+    (aligned(128, 8).T, (8, 128), "strides must be (a multiple of 16, 1), got (1, 8); call .contiguous() or pad the rows"),
+    (aligned(8, 120), (8, 64), "strides must be (a multiple of 16, 1), got (120, 1); call .contiguous() or pad the rows"),
+    (aligned(8, 128), (257, 128), "box must be [1..256, multiple of 16 up to 128], got [257, 128]; copy in several boxes"),
+    (aligned(8, 256), (8, 256), "box must be [1..256, multiple of 16 up to 128], got [8, 256]; copy in several boxes"),
+    (aligned(8, 256), (8, 24), "box must be [1..256, multiple of 16 up to 128], got [8, 24]; copy in several boxes")])
+def test_tensors_without_a_map_are_refused(fake, tensor, box, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'tensor_map_2d: {message}')}$"):
+        tensor_map_2d(tensor, *box)
+    assert fake.maps == []
+
+
+def test_other_refusals(fake):
+    x = aligned(9, 128)
+    message = f"tensor_map_2d: data_ptr must be a multiple of 16, got {x.data_ptr() + 8}; do not start the tensor inside a 16-byte block"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tensor_map_2d(x.flatten()[8:1032].view(8, 128), 8, 128)
+    message = "tensor_map_2d: swizzle_bytes must be one of (0, 32, 64, 128), got 16; pick one of them"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tensor_map_2d(x, 8, 16, swizzle_bytes=16)
+    fake.status = 1
+    message = "CUDA driver: describing a tensor of 9 x 128 bytes, box 8 x 128 failed with CUDA_ERROR_INVALID_VALUE (1): invalid argument"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        tensor_map_2d(x, 8, 128)
