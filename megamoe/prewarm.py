@@ -16,7 +16,7 @@ from megamoe.kernels.shipped import MODELS, shipped_kernels
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m megamoe.prewarm", description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), help="models whose kernels to compile; all of them by default")
+    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), help="whose kernels to compile (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at once (default: %(default)s)")
     parser.add_argument("--arch", default="sm_90a", help="architecture to compile for (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """`python -m megamoe.kernels.check`: compile every shipped kernel for sm_90a, without a GPU, and fail on what would make it slow or wrong.
 
-Prints registers, stack, spills and, where cuobjdump is installed, machine instructions. Fails on a compiler error, spills, the assembler's C75xx
-messages (wgmma serialised, setmaxnreg ignored), register budgets that do not fit the launch, and a main loop that expands weights only after
-it has waited for the tensor cores.
+Prints registers, stack, spills and, where cuobjdump is installed, machine instructions. Fails on a compiler error, spills, the assembler's
+C75xx messages (wgmma serialised, setmaxnreg ignored), register budgets that do not fit the launch, and main loops that expand weights after
+they have waited for the tensor cores.
 """
 
 import os
@@ -86,7 +86,8 @@ def sass_report(code: list[Instruction], wants_register_budgets: bool) -> tuple[
         for address, overlaps in permutes_of(loop).items():
             permutes[address] = permutes.get(address, False) or overlaps
     num_overlapped = sum(permutes.values())
-    text = f"{len(code)} instructions, {count['QGMMA']} wgmma, {count['PRMT']} PRMT, {num_overlapped} of {len(permutes)} in main loops before the wait"
+    text = (f"{len(code)} instructions, {count['QGMMA']} wgmma, {count['PRMT']} PRMT, {num_overlapped} of {len(permutes)} in main loops "
+            "before the wait")
     problems = []
     if num_overlapped < MIN_OVERLAP * len(permutes):
         problems.append(f"only {num_overlapped} of {len(permutes)} PRMT of the main loops run under wgmma, the others after {_WAIT}")

@@ -1,4 +1,4 @@
-"""Static facts of a kernel as C++: a dataclass or mapping -> `struct Config { static constexpr ... };`. Includes nothing, knows no kernel."""
+"""Static facts of a kernel as C++: a dataclass or mapping -> `struct Config { static constexpr ... };`. Knows no kernel."""
 
 import enum
 import math
@@ -13,8 +13,8 @@ def emit_struct(name: str, config: object) -> str:
 
     num_stages=4 becomes `static constexpr unsigned kNumStages = 4;`. Integers take the smallest of unsigned, int and their 64-bit forms;
     floats become float; strings and enum members (by name) `const char*`. A tuple token_tiles=(8, 16) becomes an array kTokenTiles and its
-    length kNumTokenTiles; device code may index it with constants only, in a constant expression. A dataclass or mapping inside becomes a nested
-    struct in CamelCase.
+    length kNumTokenTiles; device code may index it in constant expressions only. A dataclass or mapping inside becomes a nested struct in
+    CamelCase.
 
     Args:
         name: of the struct.

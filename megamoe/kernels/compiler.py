@@ -89,8 +89,8 @@ def find_compiler(requested: str = "auto") -> Compiler:
             return Compiler("nvrtc", _nvrtc_version(), None)
         except EngineUnavailableError as error:
             reasons.append(str(error))
-    fix = "install the CUDA toolkit (>= 12.8)" if requested == "nvcc" else "install the CUDA toolkit (>= 12.8) or cuda-bindings and nvidia-cuda-nvrtc"
-    raise EngineUnavailableError(f"kernels: {'; '.join(reasons)}; {fix}")
+    alternative = "" if requested == "nvcc" else " or cuda-bindings and nvidia-cuda-nvrtc"
+    raise EngineUnavailableError(f"kernels: {'; '.join(reasons)}; install the CUDA toolkit (>= 12.8){alternative}")
 
 
 @functools.cache
@@ -193,4 +193,5 @@ def _read(nvrtc, program, get_size, get) -> bytes:
 def _describe(code: bytes, log: str) -> Cubin:
     registers = [int(n) for n in _RESOURCE_LINE.findall(log)]
     spills = [tuple(map(int, found)) for found in _SPILL_LINE.findall(log)]
-    return Cubin(code, log, max(registers, default=0), max((s[0] for s in spills), default=0), max((s[1] + s[2] for s in spills), default=0))
+    stack, spilled = max((s[0] for s in spills), default=0), max((s[1] + s[2] for s in spills), default=0)
+    return Cubin(code, log, max(registers, default=0), stack, spilled)

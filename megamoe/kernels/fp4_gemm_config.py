@@ -11,10 +11,12 @@ MAX_SMEM_BYTES = 232448
 STAGING_PITCH = 64 * 2 + 16
 EPILOGUES = ("store", "accumulate", "swiglu")
 GROUP_ENTRY_BYTES = 16
+TILE_RING_BYTES = 4 * (48 + 16)
 # (math, aux) registers per thread by number of math warpgroups. The sum over the block must fit 64 K registers, or setmaxnreg hangs.
-REGISTERS = {2: (240, 24), 3: (160, 24), 4: (112, 32)}
-# Largest token tile whose two accumulator sets fit the registers above without a spill (compiled, nvcc 13.0).
-MAX_TOKEN_TILE = {2: 192, 3: 104, 4: 48}
+REGISTERS = {2: (232, 40), 3: (152, 56), 4: (104, 56)}
+# Largest token tile per epilogue and number of warpgroups that compiles without a spill (nvcc 13.0): two sets of sums, two fragments, the epilogue.
+_STORE_TILE = {2: 176, 3: 104, 4: 48}
+MAX_TOKEN_TILE = {"store": _STORE_TILE, "accumulate": _STORE_TILE, "swiglu": {2: 168, 3: 88, 4: 40}}
 MAX_TOKEN_TILE_SIZES = 16
 
 
@@ -44,11 +46,11 @@ class Fp4GemmConfig:
             check(ok, OP, what, expected, getattr(self, what), fix)
 
         need(self.num_math_warpgroups in REGISTERS, "num_math_warpgroups", f"one of {tuple(REGISTERS)}", "see REGISTERS")
-        largest = MAX_TOKEN_TILE[self.num_math_warpgroups]
-        tiles = self.token_tiles
-        is_legal = 0 < len(tiles) <= MAX_TOKEN_TILE_SIZES and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
-        need(is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles", f"ascending multiples of 8 up to {largest}", "use fewer warpgroups")
         need(self.epilogue in EPILOGUES, "epilogue", f"one of {EPILOGUES}", "pick one of them")
+        largest, most = MAX_TOKEN_TILE[self.epilogue][self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES
+        tiles = self.token_tiles
+        is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
+        need(is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles", f"at most {most} ascending multiples of 8 up to {largest}", "use fewer sizes or fewer warpgroups")
         need(self.max_groups > 0 and self.max_groups & (self.max_groups - 1) == 0, "max_groups", "a power of two", "round it up")
         need(2 <= self.num_stages, "num_stages", "at least 2", "a ring needs two")
         need(self.smem_bytes <= MAX_SMEM_BYTES, "num_stages", f"at most {self.fitting_stages} in {MAX_SMEM_BYTES} bytes", "use fewer stages")
@@ -82,11 +84,16 @@ class Fp4GemmConfig:
         """Shared memory beside the stages: epilogue staging, values per token, group table. The kernel asserts that the sum is its own."""
         token_floats = 6 if self.epilogue == "swiglu" else 1
         per_token = STAGING_PITCH + 4 * token_floats
-        return _round_up(self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 4, 16)
+        return _round_up(self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 16, 16) + TILE_RING_BYTES
 
     @property
     def smem_bytes(self) -> int:
         return self.num_stages * (self.stage_bytes + 16) + self.fixed_bytes
+
+    def workspace_bytes(self, num_blocks: int) -> int:
+        """Workspace for tiles that are cut along K (roles/tail_sums.cuh): four flags per block, then a slot of sums per block and
+        warpgroup. Its flags are zeroed once, whichever configs use it."""
+        return num_blocks * (4 * 4 + self.num_math_warpgroups * self.max_token_tile // 2 * 128 * 4)
 
     @property
     def fitting_stages(self) -> int:

@@ -1,7 +1,7 @@
 """Kernels by name and config: a dict of loaded kernels in front of a folder of cubins in front of the compiler.
 
-The folder (MEGAMOE_CACHE_DIR) is shared by any number of processes. An entry is one file, written aside and renamed, so it is whole or absent;
-its checksum catches what a disk or a crash still breaks. A lock per entry lets one process compile while the others wait for its result.
+The folder (MEGAMOE_CACHE_DIR) is shared by any number of processes. An entry is one file, written aside and renamed, so it is whole or
+absent; its checksum catches what a disk or a crash still breaks. A lock per entry lets one process compile while the others wait for it.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Launching: Kernel.launch, parameter blocks with the layout of C++, and tensor maps. Allocates nothing on the device, never synchronises."""
+"""Launching: Kernel.launch, parameter blocks with the layout of C++, tensor maps. Allocates nothing on the device, never synchronises."""
 
 import ctypes
 import functools
@@ -55,7 +55,8 @@ class Kernel:
             config = self._add_config(key)
         status = self._call(config, self._function, _byref(_pointer(_addressof(params))), None)
         if status:
-            driver.check(status, f"launching {self.name} with grid {grid}, block {block}, cluster {cluster}, {smem_bytes} B of shared memory")
+            shape = f"grid {grid}, block {block}, cluster {cluster}, {smem_bytes} B of shared memory"
+            driver.check(status, f"launching {self.name} with {shape}")
 
     def _add_config(self, key: tuple) -> object:
         """The launch shape as the driver wants it. Never written again, so that threads may share it."""
@@ -137,7 +138,8 @@ def tensor_map_2d(tensor: torch.Tensor, box_rows: int, box_cols: int, swizzle_by
 def _tensor_map(address: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, box_rows: int, box_cols: int,
                 swizzle_bytes: int) -> TensorMap:
     op = "tensor_map_2d"
-    check(len(shape) == 2 and min(shape) > 0, op, "shape", "[rows, cols] with neither zero", list(shape), "launch nothing for an empty tensor")
+    is_matrix = len(shape) == 2 and min(shape) > 0
+    check(is_matrix, op, "shape", "[rows, cols] with neither zero", list(shape), "launch nothing for an empty tensor")
     check(dtype.itemsize == 1, op, "dtype", "of one byte per element", dtype, "view it as uint8")
     check(stride[1] == 1 and stride[0] % 16 == 0, op, "strides", "(a multiple of 16, 1)", stride, "call .contiguous() or pad the rows")
     check(address % 16 == 0, op, "data_ptr", "a multiple of 16", address, "do not start the tensor inside a 16-byte block")

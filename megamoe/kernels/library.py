@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from megamoe.errors import check
-from megamoe.formats import FP4Weight, FP8Weight, QuantizedTokens
+from megamoe.formats import FP4Weight, FP8Weight, QuantizedTokens, Sm90Weight
 from megamoe.reference.gemm import Tokens, Weight
 
 library = torch.library.Library("megamoe", "FRAGMENT")
@@ -54,12 +54,25 @@ class Operands:
         self._storage(f"{name}.sf", x.sf)
 
     def weight(self, name: str, w: Weight, letters: str) -> None:
-        """Raise ValueError unless `w` is a weight of the shape `letters`, BF16, FP32, FP8Weight or FP4Weight."""
+        """Raise ValueError unless `w` is a weight of the shape `letters`: BF16, FP32, FP8Weight, FP4Weight, Sm90Weight not interleaved."""
+        if isinstance(w, Sm90Weight):
+            return self.packed_weight(name, w, letters, interleaved=False)
         if not isinstance(w, (FP4Weight, FP8Weight)):
-            return self.tensor(name, w, letters, FLOATS, kinds="a tensor, FP4Weight or FP8Weight")
+            return self.tensor(name, w, letters, FLOATS, kinds="a tensor, FP4Weight, FP8Weight or Sm90Weight")
         self._shape(name, w.shape, letters)
         self._storage(f"{name}.codes", w.codes)
         self._storage(f"{name}.scales", w.scales)
+
+    def packed_weight(self, name: str, w: Sm90Weight, letters: str, interleaved: bool) -> None:
+        """Raise ValueError unless `w` has the shape `letters`, which leave out the only group of a dense GEMM, and this row order."""
+        shape = w.shape[1:] if len(letters.split()) == 2 and w.shape[0] == 1 else w.shape
+        self._shape(name, shape, letters)
+        fix = "pad the weight with zeros before packing it"
+        check(shape[-2] % 32 == 0, self.op, f"{name}.shape[-2]", "a multiple of 32", shape[-2], fix)
+        fix = f"pack it with interleave_gate_up={interleaved}"
+        check(w.interleaved == interleaved, self.op, f"{name}.interleaved", interleaved, w.interleaved, fix)
+        self._storage(f"{name}.blocks", w.blocks)
+        self._storage(f"{name}.row_base", w.row_base)
 
     def optional(self, name: str, tensor: torch.Tensor | None, letters: str, dtypes: tuple[torch.dtype, ...]) -> None:
         """Match `tensor` if there is one."""
@@ -110,8 +123,10 @@ def join_tokens(x: torch.Tensor, sf: torch.Tensor | None, channels_per_sf: int) 
 
 
 def split_weight(w: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(values or codes, scales); a plain tensor has no scales."""
-    return (w, None) if isinstance(w, torch.Tensor) else (w.codes, w.scales)
+    """(values, codes or blocks; scales or row_base); a plain tensor has no scales."""
+    if isinstance(w, torch.Tensor):
+        return w, None
+    return (w.blocks, w.row_base) if isinstance(w, Sm90Weight) else (w.codes, w.scales)
 
 
 def join_weight(w: torch.Tensor, scales: torch.Tensor | None) -> Weight:

@@ -5,7 +5,11 @@ from collections.abc import Callable, Hashable
 from megamoe.comm.budget import plan_dims
 from megamoe.comm.protocol import EVERY, pack
 from megamoe.config import MoEConfig
+from megamoe.kernels import fold_tokens, fp4_gemm, row_bounds
+from megamoe.kernels.fp4_gemm_config import OP as FP4_GEMM
+from megamoe.kernels.fp4_gemm_config import Fp4GemmConfig
 from megamoe.kernels.layout_probe import probe_source
+from megamoe.kernels.tuning.sm90 import choose_fp4_gemm
 
 ShippedKernel = tuple[str, Hashable, Callable[[], str], str]
 
@@ -18,16 +22,39 @@ MODELS = {
     "mixtral-8x7b": (4096, 14336, 8, 2),
     "gpt-oss-120b": (2880, 2880, 128, 4),
 }
+NUM_SMS = 132  # H100 SXM and H200
+NUM_RANKS = (1, 2, 4, 8)
+TOKENS_PER_RANK = tuple(1 << i for i in range(14))
 PROBE_ENTRY = "_ZN7megamoe12layout_probeI5ProbeEEvNS_4SymmEj"
 
 
 def shipped_kernels(models: tuple[str, ...] = tuple(MODELS)) -> list[ShippedKernel]:
     """(op, config, make_source, entry) of every kernel that these models use, each once."""
-    return [_layout_probe(precision) for precision in EVERY]
+    gemms = dict.fromkeys(config for model in models for config in gemm_configs(model))
+    return [
+        *(_layout_probe(precision) for precision in EVERY),
+        (fold_tokens.OP, None, fold_tokens.source, fold_tokens.ENTRY),
+        *((name, None, lambda name=name: row_bounds.source(name), name) for name in ("row_bounds", "group_bounds")),
+        *((FP4_GEMM, config, lambda config=config: fp4_gemm.source(config), fp4_gemm.ENTRY) for config in gemms),
+    ]
+
+
+def gemm_configs(model: str) -> list[Fp4GemmConfig]:
+    """What both linears of a model run with: every number of ranks that divides its experts, 1 to 8192 tokens on each, routed evenly."""
+    hidden, intermediate, num_experts, num_topk = MODELS[model]
+    configs = {}
+    for num_ranks in (r for r in NUM_RANKS if num_experts % r == 0):
+        for num_tokens in TOKENS_PER_RANK:
+            num_rows, num_groups = num_tokens * num_ranks * num_topk, num_experts // num_ranks
+            rows_per_group = -(-num_rows // num_experts)
+            for n, k, epilogue in ((2 * intermediate, hidden, "swiglu"), (hidden, intermediate, "store")):
+                configs[choose_fp4_gemm(n, k, num_groups, num_rows, rows_per_group, epilogue, NUM_SMS)] = None
+    return list(configs)
 
 
 def _layout_probe(precision: str) -> ShippedKernel:
     hidden, intermediate, num_experts, num_topk = MODELS["v4-pro"]
-    dims = plan_dims(MoEConfig(hidden=hidden, intermediate=intermediate, num_experts=num_experts, num_topk=num_topk, max_tokens_per_rank=8192,
-                               precision=precision), num_ranks=4)
+    sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": num_experts, "num_topk": num_topk}
+    cfg = MoEConfig(**sizes, max_tokens_per_rank=8192, precision=precision)
+    dims = plan_dims(cfg, num_ranks=4)
     return "layout_probe", dims, lambda: probe_source(pack(dims)), PROBE_ENTRY

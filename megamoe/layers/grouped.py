@@ -6,20 +6,13 @@ Legend: M rows, G groups, N out_features, K in_features.
 import torch
 from torch import nn
 
-from megamoe.errors import check
-from megamoe.formats import FP4Weight, quantize_fp4
-from megamoe.formats.fp4_weight import GROUP
+from megamoe.formats import Sm90Weight, quantize_fp4
 from megamoe.kernels import grouped_gemm, k_grouped_gemm
+from megamoe.layers.fp4_state import FP4State
 
 
 class _Grouped(nn.Module):
-    """What both weight formats share; subclasses hold `weight` and `bias`."""
-
-    def __init__(self, num_groups: int, in_features: int, out_features: int):
-        super().__init__()
-        self.num_groups = num_groups
-        self.in_features = in_features
-        self.out_features = out_features
+    """What both weight formats share; subclasses hold the sizes, `weight` and `bias`."""
 
     def forward(
         self,
@@ -30,11 +23,29 @@ class _Grouped(nn.Module):
         num_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [M, K] or [G, Mmax, K] -> [M, N] or [G, Mmax, N] BF16; the groupings and errors are those of `megamoe.grouped_gemm`."""
-        return grouped_gemm(x, self.weight, expert_idx=expert_idx, offsets=offsets, num_rows=num_rows, bias=self.bias)
+        weight, bias, out = self.weight, self.bias, None
+        grouping = {"expert_idx": expert_idx, "offsets": offsets, "num_rows": num_rows}
+        is_one = sum(value is not None for value in grouping.values()) == 1  # or grouped_gemm raises
+        if bias is not None and is_one and isinstance(weight, Sm90Weight):
+            # The kernel adds to what out holds: the bias, rounded once with the product.
+            bias, out = None, _bias_rows(bias, x.shape[-2], **grouping)
+        return grouped_gemm(x, weight, **grouping, bias=bias, out=out, accumulate=out is not None)
 
     def extra_repr(self) -> str:
         sizes = f"num_groups={self.num_groups}, in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+def _bias_rows(bias: torch.Tensor, max_rows: int, *, expert_idx: torch.Tensor | None, offsets: torch.Tensor | None,
+               num_rows: torch.Tensor | None) -> torch.Tensor:
+    """The bias [G, N] of each row, zero for padding: [M, N], or [G, Mmax, N] with num_rows. Sync: none, so the values are not checked."""
+    bias = bias.bfloat16()
+    row = torch.arange(max_rows, device=bias.device, dtype=torch.int64 if offsets is None else offsets.dtype)
+    if num_rows is not None:
+        return torch.where((row < num_rows[:, None])[..., None], bias[:, None], 0)
+    group = torch.searchsorted(offsets[1:].contiguous(), row, right=True) if expert_idx is None else expert_idx.long()
+    is_padding = (group < 0) | (group >= bias.shape[0])
+    return torch.where(is_padding[:, None], 0, bias[group.clamp(0, bias.shape[0] - 1)])
 
 
 class GroupedGemm(_Grouped):
@@ -51,7 +62,10 @@ class GroupedGemm(_Grouped):
     def __init__(
         self, num_groups: int, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None
     ):
-        super().__init__(num_groups, in_features, out_features)
+        super().__init__()
+        self.num_groups = num_groups
+        self.in_features = in_features
+        self.out_features = out_features
         # No gradient until training exists: with one, the op would refuse every forward outside no_grad.
         weight = torch.empty(num_groups, out_features, in_features, dtype=torch.bfloat16, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -60,10 +74,11 @@ class GroupedGemm(_Grouped):
         self.bias = nn.Parameter(bias_values, requires_grad=False) if bias else None
 
 
-class GroupedFP4Linear(_Grouped):
-    """GroupedGemm with FP4 weights; x is quantised to FP8 per 32 channels.
+class GroupedFP4Linear(_Grouped, FP4State):
+    """GroupedGemm with FP4 weights; x is quantised to FP8 per 32 channels, on Hopper per token.
 
     The weights are buffers `codes` [G, N, K/2] and `scales` [G, N, K/32], so a state_dict holds them as stored; they start as zeros.
+    On Hopper the first forward brings them into kernel layout.
 
     Args:
         num_groups: G.
@@ -79,11 +94,11 @@ class GroupedFP4Linear(_Grouped):
     def __init__(
         self, num_groups: int, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None
     ):
-        super().__init__(num_groups, in_features, out_features)
-        check(in_features % GROUP == 0, "GroupedFP4Linear", "in_features", f"a multiple of {GROUP}", in_features, "pad it with zeros")
+        super().__init__((num_groups, out_features, in_features), device)
+        self.num_groups = num_groups
+        self.in_features = in_features
+        self.out_features = out_features
         rows = (num_groups, out_features)
-        self.register_buffer("codes", torch.zeros(*rows, in_features // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.zeros(*rows, in_features // GROUP, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(rows, dtype=torch.bfloat16, device=device) if bias else None)
 
     @classmethod
@@ -96,10 +111,6 @@ class GroupedFP4Linear(_Grouped):
         if bias is not None:
             layer.bias = bias.detach().bfloat16()
         return layer
-
-    @property
-    def weight(self) -> FP4Weight:
-        return FP4Weight(self.codes, self.scales, check_nan=False)
 
 
 class KGroupedGemm(nn.Module):

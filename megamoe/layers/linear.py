@@ -3,17 +3,16 @@
 import torch
 from torch import nn
 
-from megamoe.errors import check
-from megamoe.formats import FP4Weight, quantize_fp4
-from megamoe.formats.fp4_weight import GROUP
+from megamoe.formats import Sm90Weight, quantize_fp4
 from megamoe.kernels import gemm
+from megamoe.layers.fp4_state import FP4State
 
 
-class FP4Linear(nn.Module):
-    """y = x @ w.T + bias with w in FP4 and x quantised to FP8 per 32 channels.
+class FP4Linear(FP4State):
+    """y = x @ w.T + bias with w in FP4 and x quantised to FP8 per 32 channels, on Hopper per token.
 
-    The weights are buffers `codes` [N, K/2] and `scales` [N, K/32], so a state_dict holds them as stored; they start as zeros. There is no
-    training yet.
+    The weights are buffers `codes` [N, K/2] and `scales` [N, K/32], so a state_dict holds them as stored; they start as zeros. On Hopper
+    the first forward brings them into kernel layout. There is no training yet.
 
     Args:
         in_features: K, a multiple of 32.
@@ -26,12 +25,9 @@ class FP4Linear(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device: torch.device | str | None = None):
-        super().__init__()
-        check(in_features % GROUP == 0, "FP4Linear", "in_features", f"a multiple of {GROUP}", in_features, "pad it with zeros")
+        super().__init__((out_features, in_features), device)
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("codes", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.zeros(out_features, in_features // GROUP, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.bfloat16, device=device) if bias else None)
 
     @classmethod
@@ -44,14 +40,14 @@ class FP4Linear(nn.Module):
             layer.bias = linear.bias.detach().bfloat16()
         return layer
 
-    @property
-    def weight(self) -> FP4Weight:
-        return FP4Weight(self.codes, self.scales, check_nan=False)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] BF16 or FP32 -> [..., N] BF16. Raises ValueError as `megamoe.gemm` does."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # [M, K]
-        return gemm(rows, self.weight, bias=self.bias).reshape(*x.shape[:-1], self.out_features)
+        weight, bias, out = self.weight, self.bias, None
+        if bias is not None and isinstance(weight, Sm90Weight):
+            # The kernel adds to what out holds: the bias, rounded once with the product.
+            bias, out = None, bias.bfloat16().expand(rows.shape[0], -1).contiguous()
+        return gemm(rows, weight, bias=bias, out=out, accumulate=out is not None).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

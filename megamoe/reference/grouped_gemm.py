@@ -29,7 +29,7 @@ def grouped_gemm(
     if not accumulate:
         out.zero_()
     flat_values, flat_out = values.flatten(0, -2), out.view(-1, num_features)
-    for group, rows in _rows_of_groups(expert_idx, offsets, num_rows, values.shape[-2]):
+    for group, rows in rows_of_groups(expert_idx, offsets, num_rows, values.shape[-2]):
         product = flat_values[rows] @ weight_values(w[group]).T  # [rows, N] float32
         if bias is not None:
             product += bias[group].float()
@@ -37,7 +37,7 @@ def grouped_gemm(
     return out
 
 
-def _rows_of_groups(
+def rows_of_groups(
     expert_idx: torch.Tensor | None, offsets: torch.Tensor | None, num_rows: torch.Tensor | None, max_rows: int
 ) -> Iterator[tuple[int, slice | torch.Tensor]]:
     """Yield (group, its rows) for the groups that have any; masked rows count through as if [G, Mmax] were one dimension."""

@@ -77,12 +77,13 @@ def test_a_compiler_reads_the_values_back(tmp_path):
     subprocess.run(["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", source], check=True)
 
 
+KINDS = "an int, bool, float, str, Enum, tuple of these, dataclass or mapping"
+
+
 @pytest.mark.parametrize("values, error, message", [
-    ({"a": None}, TypeError, "codegen: Config.a must be an int, bool, float, str, Enum, tuple of these, dataclass or mapping, got NoneType; convert it"),
-    ({"t": {"a": [1]}}, TypeError,
-     "codegen: Config.t.a must be an int, bool, float, str, Enum, tuple of these, dataclass or mapping, got list; convert it"),
-    ({"a": (1, (2,))}, TypeError,
-     "codegen: Config.a[1] must be an int, bool, float, str, Enum, tuple of these, dataclass or mapping, got tuple; convert it"),
+    ({"a": None}, TypeError, f"codegen: Config.a must be {KINDS}, got NoneType; convert it"),
+    ({"t": {"a": [1]}}, TypeError, f"codegen: Config.t.a must be {KINDS}, got list; convert it"),
+    ({"a": (1, (2,))}, TypeError, f"codegen: Config.a[1] must be {KINDS}, got tuple; convert it"),
     ({"a": (1, 2.0)}, TypeError, "codegen: Config.a must have elements of one type, got float, unsigned; split it"),
     ({"a": ()}, ValueError, "codegen: Config.a must have at least one element, got (); C++ has no empty array"),
     ({"a": float("nan")}, ValueError, "codegen: Config.a must be finite, got nan; use a flag for 'none'"),

@@ -129,7 +129,7 @@ ERRORS = [
     (dict(x=X.T.contiguous().T), "gemm: x must be contiguous, got strides (1, 4); call .contiguous()"),
     (dict(x=X.clone().requires_grad_()),
      "gemm: x.requires_grad must be False, got True; training is not implemented yet, call it under torch.no_grad()"),
-    (dict(w=None), "gemm: w must be a tensor, FP4Weight or FP8Weight, got NoneType; convert it first"),
+    (dict(w=None), "gemm: w must be a tensor, FP4Weight, FP8Weight or Sm90Weight, got NoneType; convert it first"),
     (dict(w=W.int()), "gemm: w.dtype must be torch.bfloat16 or torch.float32, got torch.int32; convert it with .to(torch.bfloat16)"),
     (dict(w=W[:, :32].contiguous()), "gemm: w.shape must be [N, K=64], got [32, 32]; sizes of one letter must agree"),
     (dict(w=quantize_fp4(W[:, :32])), "gemm: w.shape must be [N, K=64], got [32, 32]; sizes of one letter must agree"),

@@ -114,8 +114,9 @@ def test_a_process_that_dies_while_compiling_blocks_nobody(fake, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda data: data[:-1], lambda data: data[:40], lambda data: b"", lambda data: data[:-5] + b"\x01" + data[-4:], lambda data: b"x" + data[1:],
-    lambda data: data + b"\0"], ids=["last byte lost", "header only", "empty", "a byte flipped", "other magic", "a byte more"])
+    lambda data: data[:-1], lambda data: data[:40], lambda data: b"", lambda data: data[:-5] + b"\x01" + data[-4:],
+    lambda data: b"x" + data[1:], lambda data: data + b"\0"],
+    ids=["last byte lost", "header only", "empty", "a byte flipped", "other magic", "a byte more"])
 def test_a_damaged_entry_is_compiled_again(fake, tmp_path, damage):
     good = jit.fetch("op", SOURCE, "sm_90a")
     path = entry_file(tmp_path)
@@ -186,8 +187,9 @@ def unusable(tmp_path: Path, how: str) -> Path:
 def test_a_folder_that_cannot_be_written_costs_one_warning(fake, tmp_path, monkeypatch, how):
     folder = unusable(tmp_path, how)
     monkeypatch.setattr(jit, "env", Env(cache_dir=folder))
-    expected = (rf"^kernels: the cache in {re.escape(str(folder))} cannot be used \(.*{re.escape(str(folder))}'\), so every process compiles for "
-                r"itself; set MEGAMOE_CACHE_DIR to a folder that can be written$")
+    where = re.escape(str(folder))
+    expected = (rf"^kernels: the cache in {where} cannot be used \(.*{where}'\), so every process compiles for itself; "
+                r"set MEGAMOE_CACHE_DIR to a folder that can be written$")
     with pytest.warns(RuntimeWarning, match=expected) as caught:
         first = jit.fetch("op", SOURCE, "sm_90a")
         assert jit.fetch("op", SOURCE, "sm_90a") == first

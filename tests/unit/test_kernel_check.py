@@ -43,7 +43,8 @@ def test_reads_what_the_disassembler_prints():
 
 
 @pytest.mark.parametrize("opcodes, overlaps", [
-    (("QGMMA.X", "PRMT", "0"), [True]), (("QGMMA.X", "0", "PRMT"), [False]), (("PRMT", "QGMMA.X", "0"), [False]), (("PRMT", "0", "QGMMA.X"), [True]),
+    (("QGMMA.X", "PRMT", "0"), [True]), (("QGMMA.X", "0", "PRMT"), [False]),
+    (("PRMT", "QGMMA.X", "0"), [False]), (("PRMT", "0", "QGMMA.X"), [True]),
     (("QGMMA.X", "1", "PRMT", "0", "PRMT"), [True, False])])
 def test_a_permute_overlaps_while_something_is_in_flight(opcodes, overlaps):
     assert list(permutes_of(code(*opcodes)).values()) == overlaps
@@ -89,8 +90,8 @@ def test_reports_and_exit_codes(monkeypatch, capsys):
     assert check.main() == 1
     output = capsys.readouterr().out
     assert "FAIL op config: does not compile" in output and "error: " in output and output.endswith("0 passed, 1 failed\n")
-    values = "".join(f"float v{i} = x[{i} * n];" for i in range(200)) + "__syncthreads();" + "".join(f"x[{i}] = v{199 - i};" for i in range(200))
-    spilling = f'extern "C" __global__ void __launch_bounds__(1024, 2) k(float* x, int n) {{ {values} }}'
+    loads, stores = "".join(f"float v{i} = x[{i} * n];" for i in range(200)), "".join(f"x[{i}] = v{199 - i};" for i in range(200))
+    spilling = f'extern "C" __global__ void __launch_bounds__(1024, 2) k(float* x, int n) {{ {loads} __syncthreads(); {stores} }}'
     monkeypatch.setattr(check, "shipped_kernels", shipped_as(spilling))
     assert check.main() == 1 and " bytes spilled\n" in capsys.readouterr().out
 

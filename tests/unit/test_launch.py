@@ -1,4 +1,4 @@
-"""megamoe.kernels.launch and driver without a GPU: what reaches a stand-in for libcuda, the layout of parameter blocks, refusals, host time."""
+"""megamoe.kernels.launch and driver without a GPU: what reaches a stand-in for libcuda, layout of parameter blocks, refusals, host time."""
 
 import ctypes
 import re
@@ -56,14 +56,15 @@ class FakeDriver:
         told = target(config, LaunchConfig)
         attributes = [(a.id, tuple(a.value.cluster) if a.id == driver.CLUSTER_DIMENSION else a.value.flag)
                       for a in (told.attributes[i] for i in range(told.num_attributes))]
-        block = target(target(params, ctypes.c_void_p), ctypes.c_void_p)
-        self.launches.append((tuple(told.grid), tuple(told.block), told.smem_bytes, told.stream, attributes, ctypes.addressof(block), extra))
+        address = target(params, ctypes.c_void_p).value
+        self.launches.append((tuple(told.grid), tuple(told.block), told.smem_bytes, told.stream, attributes, address, extra))
         return self.status
 
     def cuTensorMapEncodeTiled(self, tensor_map, *args):
         assert ctypes.addressof(target(tensor_map, TensorMap)) % 64 == 0
         dtype, rank, address, dims, strides, box, steps, interleave, swizzle, promotion, fill = args
-        self.maps.append((dtype, rank, address.value, tuple(dims), tuple(strides), tuple(box), tuple(steps), interleave, swizzle, promotion, fill))
+        sizes = tuple(dims), tuple(strides), tuple(box), tuple(steps)
+        self.maps.append((dtype, rank, address.value, *sizes, interleave, swizzle, promotion, fill))
         target(tensor_map, TensorMap).opaque[0] = len(self.maps)
         return self.status
 
@@ -94,7 +95,8 @@ def test_what_a_launch_passes(fake):
 
 
 def test_structs_have_the_layout_of_cuda_h():
-    assert (ctypes.sizeof(LaunchConfig), LaunchConfig.stream.offset, LaunchConfig.attributes.offset, LaunchConfig.num_attributes.offset) == (56, 32, 40, 48)
+    offsets = LaunchConfig.stream.offset, LaunchConfig.attributes.offset, LaunchConfig.num_attributes.offset
+    assert (*offsets, ctypes.sizeof(LaunchConfig)) == (32, 40, 48, 56)
     assert (ctypes.sizeof(LaunchAttribute), LaunchAttribute.value.offset) == (72, 8)
 
 

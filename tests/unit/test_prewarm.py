@@ -22,8 +22,11 @@ def folder(tmp_path, monkeypatch) -> Path:
     for module in (jit, prewarm):
         monkeypatch.setattr(module, "env", Env(cache_dir=tmp_path / "cache"))
     monkeypatch.setattr(jit, "_fallback", None)
-    monkeypatch.setattr(prewarm, "shipped_kernels",
-                        lambda models: [("nothing", model, lambda i=i: GOOD.replace("VALUE", str(i)), "nothing") for i, model in enumerate(models)])
+
+    def shipped(models):
+        return [("nothing", model, lambda i=i: GOOD.replace("VALUE", str(i)), "nothing") for i, model in enumerate(models)]
+
+    monkeypatch.setattr(prewarm, "shipped_kernels", shipped)
     return tmp_path / "cache"
 
 
@@ -69,7 +72,8 @@ def test_no_compiler(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--jobs", "0"], "error: argument --jobs: must be at least 1, got 0"), (["--model", "gpt-2"], "argument --model: invalid choice: 'gpt-2'")])
+    (["--jobs", "0"], "error: argument --jobs: must be at least 1, got 0"),
+    (["--model", "gpt-2"], "argument --model: invalid choice: 'gpt-2'")])
 def test_bad_arguments(folder, capsys, argv, message):
     with pytest.raises(SystemExit) as caught:
         prewarm.main(argv)
@@ -80,7 +84,8 @@ def test_bad_arguments(folder, capsys, argv, message):
 def test_as_a_program(tmp_path):
     """One shipped kernel for one model, as a user calls it."""
     program = ("import sys; from megamoe import prewarm; shipped = prewarm.shipped_kernels; "
-               "prewarm.shipped_kernels = lambda models: [k for k in shipped(models) if k[0] == 'layout_probe'][:1]; sys.exit(prewarm.main(['--model', 'v3']))")
+               "prewarm.shipped_kernels = lambda models: [k for k in shipped(models) if k[0] == 'layout_probe'][:1]; "
+               "sys.exit(prewarm.main(['--model', 'v3']))")
     run = subprocess.run([sys.executable, "-c", program], cwd=Path(megamoe.__file__).parents[1], capture_output=True, text=True,
                          env=os.environ | {"MEGAMOE_CACHE_DIR": str(tmp_path)})
     assert run.returncode == 0, run.stderr

@@ -3,6 +3,7 @@
 // Operands are swapped: 64 weight rows are the M side of each wgmma (A, expanded from FP4 in registers), tokens are the N side (B, from shared
 // memory). One persistent block per SM walks the tiles of schedule/grouped_tiles.cuh:
 //
+//     scheduler (1 thread) which tile is next                           -> ring of tiles
 //     loader (1 thread)    weights by bulk copy, tokens by tensor copy  -> ring of stages, one K = 128 block each
 //     math warpgroups      64 weight rows each: expand, multiply, promote every 512 of K, then the epilogue
 //
@@ -12,6 +13,7 @@
 #include <megamoe/arch/sm90_fp4.cuh>
 #include <megamoe/ptx/control.cuh>
 #include <megamoe/ptx/copy.cuh>
+#include <megamoe/ptx/memory.cuh>
 #include <megamoe/ptx/wgmma.cuh>
 #include <megamoe/schedule/grouped_tiles.cuh>
 #include <megamoe/sync/pipeline.cuh>
@@ -29,6 +31,7 @@ struct Fp4GemmParams {
   Grouping grouping;
   uint32 n;                                   // weight rows without padding
   uint32 num_row_blocks, num_k_blocks;        // storage units per group
+  float* workspace;                           // roles/tail_sums.cuh; null: tiles are never cut along K
   // Epilogue swiglu:
   const float* bias;                          // [G, n] in kernel row order, or null
   const float* row_weight;                    // [num_rows], or null
@@ -36,6 +39,9 @@ struct Fp4GemmParams {
   uint8* a_sf;                                // [num_rows, n / 64] UE8M0 per 32 channels
   float limit, alpha, up_bias;                // limit: +inf for none; alpha: 1 with up_bias 0 is SiLU
 };
+
+constexpr uint32 kTileSlots = 4;
+using TilePipeline = Pipeline<kTileSlots>;
 
 // Shared memory of a block. Stage s holds kTileRows / 64 weight units, then the tokens at a 1024-byte boundary, as the swizzle wants.
 template <class Config>
@@ -53,7 +59,9 @@ struct SmemPlan {
   static constexpr uint32 kStaging = Config::kStages * kStageBytes;
   static constexpr uint32 kTokenValues = kStaging + Config::kMathWarpgroups * kStagingBytes;
   static constexpr uint32 kTable = kTokenValues + Config::kMathWarpgroups * kTokenFloats * kMaxTokens * 4;
-  static constexpr uint32 kBarriers = round_up(kTable + sizeof(GroupTable<Config>), 16);
+  static constexpr uint32 kTiles = round_up(kTable + sizeof(GroupTable<Config>), 16);
+  static constexpr uint32 kTileBarriers = kTiles + kTileSlots * sizeof(Tile);
+  static constexpr uint32 kBarriers = kTileBarriers + TilePipeline::kBarrierBytes;
   static constexpr uint32 kBytes = kBarriers + Pipeline<Config::kStages>::kBarrierBytes;
 };
 
@@ -64,6 +72,7 @@ enum NamedBarrier : uint32 { kEpilogueBarrier = 1 };
 
 #include <megamoe/roles/gemm_load.cuh>
 #include <megamoe/roles/gemm_math.cuh>
+#include <megamoe/roles/gemm_schedule.cuh>
 
 namespace megamoe {
 
@@ -72,13 +81,16 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
   using Plan = SmemPlan<Config>;
   extern __shared__ __align__(1024) uint8 smem[];
   auto& table = *reinterpret_cast<GroupTable<Config>*>(smem + Plan::kTable);
-  const uint32 base = ptx::shared_address(smem), barriers = base + Plan::kBarriers;
-  constexpr uint32 kLoaderThread = Config::kMathWarpgroups * 128;
+  auto* tiles = reinterpret_cast<Tile*>(smem + Plan::kTiles);
+  const uint32 base = ptx::shared_address(smem);
+  const TilePipeline tile_pipe(base + Plan::kTileBarriers);
+  constexpr uint32 kMathWarps = Config::kMathWarpgroups * 4, kLoaderThread = kMathWarps * 32, kSchedulerThread = kLoaderThread + 32;
   const uint32 warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
   if (threadIdx.x == kLoaderThread) {
     for (uint32 i = 0; i < Config::TokenTiles::kCount; ++i) ptx::prefetch_tensor_map(&p.x_maps[i]);
-    Pipeline<Config::kStages>::init(barriers, Config::kMathWarpgroups * 4);
+    Pipeline<Config::kStages>::init(base + Plan::kBarriers, kMathWarps);
+    TilePipeline::init(base + Plan::kTileBarriers, kMathWarps + 1);
     ptx::fence_mbarrier_init();
   }
   table.build(p.grouping, ceil_div(p.num_row_blocks, Config::kMathWarpgroups), threadIdx.x, Config::kThreads);
@@ -86,10 +98,11 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
 
   if (warpgroup == Config::kMathWarpgroups) {
     ptx::give_registers<Config::kAuxRegisters>();
-    if (threadIdx.x == kLoaderThread) gemm_load<Config>(p, table, base);
+    if (threadIdx.x == kLoaderThread) gemm_load<Config>(p, {tiles, tile_pipe}, base);
+    if (threadIdx.x == kSchedulerThread) gemm_schedule<Config>(p, table, tiles, tile_pipe);
   } else {
     ptx::take_registers<Config::kMathRegisters>();
-    gemm_math<Config>(p, table, base, warpgroup);
+    gemm_math<Config>(p, {tiles, tile_pipe}, base, warpgroup);
   }
 }
 

@@ -1,9 +1,10 @@
 // Math warpgroup: 64 weight rows of every tile. Expand FP4 in registers, multiply, promote, hand the sums to the epilogue.
 #pragma once
 
-#include <megamoe/kernels/fp4_gemm.cuh>
+#include <megamoe/roles/gemm_schedule.cuh>
 #include <megamoe/roles/store_epilogue.cuh>
 #include <megamoe/roles/swiglu_epilogue.cuh>
+#include <megamoe/roles/tail_sums.cuh>
 
 namespace megamoe {
 
@@ -113,14 +114,14 @@ template <class Config>
 struct TileWalk {
   const Fp4GemmParams& p;
   StageReader<Config> reader;
-  TileStream<Config> tiles;
-  Tile tile;       // the current one, if is_valid
-  bool is_valid;
+  TileReader tiles;
+  Tile tile;  // the current one
 
-  MEGAMOE_DEVICE void next() { is_valid = tiles.next(tile); }
+  MEGAMOE_DEVICE void next() { tile = tiles.next(); }
+  MEGAMOE_DEVICE bool is_valid() const { return tile.num_tokens > 0; }
   MEGAMOE_DEVICE uint32 row_block() const { return tile.row_tile * Config::kMathWarpgroups + reader.warpgroup; }
   MEGAMOE_DEVICE bool has_rows() const { return row_block() < p.num_row_blocks; }
-  MEGAMOE_DEVICE bool takes(uint32 token_tile_idx) const { return is_valid && tile.token_tile_idx == token_tile_idx && has_rows(); }
+  MEGAMOE_DEVICE bool takes(uint32 token_tile_idx) const { return is_valid() && tile.token_tile_idx == token_tile_idx && has_rows(); }
 };
 
 // Computes tiles as long as they have this size. The first block of each is expanded before the epilogue of the one before it, and what the
@@ -133,11 +134,18 @@ MEGAMOE_DEVICE void compute_tiles(TileWalk<Config>& walk) {
   bool has_next = true;
 #pragma unroll 1
   while (has_next) {
-    const EpilogueTile where(walk.p, walk.tile, walk.row_block(), walk.reader.thread);
+    const EpilogueTile where(walk.p, walk.tile, walk.row_block());
+    accumulator.run(walk.reader, walk.tile.num_k);
+    const uint32 num_contributors = walk.tile.num_contributors, is_owner = walk.tile.is_owner;
     walk.next();
-    accumulator.run(walk.reader, walk.p.num_k_blocks);
     has_next = walk.takes(kIdx);
     if (has_next) walk.reader.expand(accumulator.even);
+    const TailSums<Config> tail{walk.p.workspace, walk.reader.warpgroup, walk.reader.thread, kEpilogueBarrier + walk.reader.warpgroup};
+    if (!is_owner) {
+      tail.template leave<kTokens>(accumulator.totals);
+      continue;
+    }
+    tail.template add<kTokens>(accumulator.totals, num_contributors);
     if constexpr (Config::kSwiglu)
       swiglu_epilogue<Config, kTokens>(accumulator.totals, walk.p, where, walk.reader.base, walk.reader.warpgroup);
     else
@@ -159,16 +167,16 @@ MEGAMOE_DEVICE void dispatch_tiles(TileWalk<Config>& walk) {
 }
 
 template <class Config>
-MEGAMOE_DEVICE void gemm_math(const Fp4GemmParams& p, const GroupTable<Config>& table, uint32 base, uint32 warpgroup) {
+MEGAMOE_DEVICE void gemm_math(const Fp4GemmParams& p, TileReader tiles, uint32 base, uint32 warpgroup) {
   StageReader<Config> reader{Pipeline<Config::kStages>(base + SmemPlan<Config>::kBarriers), base, warpgroup, threadIdx.x % 128};
-  TileWalk<Config> walk{p, reader, TileStream<Config>(table, p.grouping.num_groups)};
+  TileWalk<Config> walk{p, reader, tiles};
   walk.next();
 #pragma unroll 1
-  while (walk.is_valid) {
+  while (walk.is_valid()) {
     if (walk.has_rows()) {
       dispatch_tiles<Config>(walk);
     } else {
-      skip_tile<Config>(walk.reader, p.num_k_blocks);
+      skip_tile<Config>(walk.reader, walk.tile.num_k);
       walk.next();
     }
   }

@@ -13,22 +13,26 @@ MEGAMOE_DEVICE float exponent_to_float(uint32 biased) { return __uint_as_float(b
 // Which rows and tokens a warpgroup's fragment is. Loads what the epilogue needs before the main loop starts, to hide the latency behind it.
 struct EpilogueTile {
   uint32 group, row_block, first_row, num_tokens;
-  uint32 thread, warp, lane_group, lane_in_group;
   // Bytes as loaded: combining them here would wait for them here.
   uint32 row_bases[2];        // of this thread's upper and lower row
   uint32 token_exponents[2];  // of tokens thread and thread + 128
 
-  MEGAMOE_DEVICE EpilogueTile(const Fp4GemmParams& p, const Tile& tile, uint32 row_block, uint32 thread)
-      : group(tile.group), row_block(row_block), first_row(tile.first_row), num_tokens(tile.num_tokens), thread(thread), warp(thread / 32),
-        lane_group(thread % 32 / 4), lane_in_group(thread % 4) {
-    const uint8* bases = p.w_row_base + uint64(group * p.num_row_blocks + row_block) * 64 + warp * 16 + lane_group;
+  MEGAMOE_DEVICE EpilogueTile(const Fp4GemmParams& p, const Tile& tile, uint32 row_block)
+      : group(tile.group), row_block(row_block), first_row(tile.first_row), num_tokens(tile.num_tokens) {
+    const uint8* bases = p.w_row_base + uint64(group * p.num_row_blocks + row_block) * 64 + warp() * 16 + lane_group();
 #pragma unroll
     for (uint32 i = 0; i < 2; ++i) {
-      row_bases[i] = bases[8 * i];
-      const uint32 token = thread + 128 * i;
-      token_exponents[i] = token < num_tokens ? p.x_sf[first_row + token] : 127;
+      row_bases[i] = ptx::ld_early_byte(bases + 8 * i);
+      const uint32 token = thread() + 128 * i;
+      token_exponents[i] = token < num_tokens ? ptx::ld_early_byte(p.x_sf + first_row + token) : 127;
     }
   }
+
+  // Place in the warpgroup. Computed where needed: registers that live through the main loop are the scarcest thing here.
+  static MEGAMOE_DEVICE uint32 thread() { return threadIdx.x % 128; }
+  static MEGAMOE_DEVICE uint32 warp() { return threadIdx.x / 32 % 4; }
+  static MEGAMOE_DEVICE uint32 lane_group() { return threadIdx.x % 32 / 4; }
+  static MEGAMOE_DEVICE uint32 lane_in_group() { return threadIdx.x % 4; }
 
   // 2^(row_base - 114): what the main loop's exponents leave out (formats/layout_sm90.py).
   MEGAMOE_DEVICE float row_scale(uint32 half) const { return exponent_to_float(row_bases[half] + 127 - 114); }
@@ -38,7 +42,7 @@ struct EpilogueTile {
   MEGAMOE_DEVICE void share(uint32 row, Value value) const {
 #pragma unroll
     for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i)
-      if (thread + i * 128 < kTokens) ptx::st_shared_float(row + (thread + i * 128) * 4, value(i));
+      if (thread() + i * 128 < kTokens) ptx::st_shared_float(row + (thread() + i * 128) * 4, value(i));
   }
 
   template <uint32 kTokens>
@@ -50,10 +54,10 @@ struct EpilogueTile {
 // Moves the warpgroup's 16-byte pieces of the tile between staging and the output: copy(staging address, output pointer) per piece.
 template <uint32 kTokens, class Copy>
 MEGAMOE_DEVICE void for_each_piece(const Fp4GemmParams& p, const EpilogueTile& tile, uint32 staging, uint32 pitch, Copy copy) {
-  const uint32 piece = tile.thread % 8, channel = tile.row_block * 64 + piece * 8;
+  const uint32 piece = tile.thread() % 8, channel = tile.row_block * 64 + piece * 8;
 #pragma unroll
   for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
-    const uint32 token = i * 16 + tile.thread / 8;
+    const uint32 token = i * 16 + tile.thread() / 8;
     if (token < tile.num_tokens && channel < p.n)
       copy(staging + token * pitch + piece * 16, p.out + uint64(tile.first_row + token) * p.n + channel);
   }
@@ -76,9 +80,9 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
     ptx::barrier_sync<128>(barrier);
   }
   const float upper = tile.row_scale(0), lower = tile.row_scale(1);
-  const uint32 lane = tile.thread % 32;
+  const uint32 lane = tile.thread() % 32;
   // Row of the 8x8 matrices that this lane addresses: token lane % 8, channels 0-7 of the warp for lanes 0-7 and 8-15 for lanes 8-15.
-  const uint32 matrix_row = staging + (lane % 8) * Plan::kStagingPitch + tile.warp * 32 + (lane / 8 % 2) * 16;
+  const uint32 matrix_row = staging + (lane % 8) * Plan::kStagingPitch + tile.warp() * 32 + (lane / 8 % 2) * 16;
   // Loads in batches: shared accesses stay in program order, and one load before each store would expose its latency every time.
   constexpr uint32 kBatch = 4;
 #pragma unroll
@@ -86,7 +90,7 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
     ptx::Words2 pairs[kBatch];
 #pragma unroll
     for (uint32 i = 0; i < kBatch; ++i)
-      if (first + i < kTokens / 8) pairs[i] = ptx::ld_shared_64(scales + (8 * (first + i) + 2 * tile.lane_in_group) * 4);
+      if (first + i < kTokens / 8) pairs[i] = ptx::ld_shared_64(scales + (8 * (first + i) + 2 * tile.lane_in_group()) * 4);
 #pragma unroll
     for (uint32 i = 0; i < kBatch; ++i) {
       const uint32 j = first + i, row = matrix_row + j * 8 * Plan::kStagingPitch;

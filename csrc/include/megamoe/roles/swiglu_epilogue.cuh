@@ -28,7 +28,8 @@ MEGAMOE_DEVICE float clamp_below(float v, float limit) { return v < limit ? limi
 MEGAMOE_DEVICE float gated(float gate, float up, const Fp4GemmParams& p) {
   gate = clamp_above(gate, p.limit);
   up = clamp_below(clamp_above(up, p.limit), -p.limit);
-  return gate / (1.0f + __expf(-p.alpha * gate)) * (up + p.up_bias);
+  // The exact division has a slow path that is a call, and a call anywhere in a math role costs spills.
+  return __fdividef(gate, 1.0f + __expf(-p.alpha * gate)) * (up + p.up_bias);
 }
 
 // value * 2^(127 - e), Inf turned into NaN, since E4M3 has no Inf and saturation would hide it.
@@ -47,12 +48,12 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   const uint32 barrier = kEpilogueBarrier + warpgroup;
   tile.share_token_scales<kTokens>(scales);
   tile.share<kTokens>(weights, [&](uint32 i) {
-    const uint32 token = tile.thread + i * 128;
+    const uint32 token = tile.thread() + i * 128;
     return p.row_weight != nullptr && token < tile.num_tokens ? p.row_weight[tile.first_row + token] : 1.0f;
   });
   float gate_bias = 0.0f, up_bias = 0.0f;
   if (p.bias != nullptr) {
-    const uint32 row = tile.row_block * 64 + tile.warp * 16 + tile.lane_group;
+    const uint32 row = tile.row_block * 64 + tile.warp() * 16 + tile.lane_group();
     gate_bias = p.bias[uint64(tile.group) * p.n + row];
     up_bias = p.bias[uint64(tile.group) * p.n + row + 8];
   }
@@ -62,7 +63,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens.
 #pragma unroll
   for (uint32 j = 0; j < kTokens / 8; ++j) {
-    const uint32 offset = (8 * j + 2 * tile.lane_in_group) * 4;
+    const uint32 offset = (8 * j + 2 * tile.lane_in_group()) * 4;
     const ptx::Words2 s = ptx::ld_shared_64(scales + offset), w = ptx::ld_shared_64(weights + offset);
     float largest[2];
 #pragma unroll
@@ -74,9 +75,9 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
 #pragma unroll
       for (uint32 step = 4; step < 32; step *= 2) largest[i] = fmaxf(largest[i], __shfl_xor_sync(~0u, largest[i], step));
     }
-    if (tile.lane_group == 0) {
-      ptx::st_shared_float(maxima + tile.warp * kRowBytes + offset, largest[0]);
-      ptx::st_shared_float(maxima + tile.warp * kRowBytes + offset + 4, largest[1]);
+    if (tile.lane_group() == 0) {
+      ptx::st_shared_float(maxima + tile.warp() * kRowBytes + offset, largest[0]);
+      ptx::st_shared_float(maxima + tile.warp() * kRowBytes + offset + 4, largest[1]);
     }
   }
   ptx::barrier_sync<128>(barrier);
@@ -84,7 +85,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   // One thread per token agrees on the exponent, publishes it, and leaves its inverse where the scale was.
 #pragma unroll
   for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i) {
-    const uint32 token = tile.thread + i * 128;
+    const uint32 token = tile.thread() + i * 128;
     if (token < kTokens) {
       float amax = 0.0f;
 #pragma unroll
@@ -96,10 +97,10 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   }
   ptx::barrier_sync<128>(barrier);
 
-  const uint32 channel = tile.warp * 8 + tile.lane_group;
+  const uint32 channel = tile.warp() * 8 + tile.lane_group();
 #pragma unroll
   for (uint32 j = 0; j < kTokens / 8; ++j) {
-    const uint32 token = 8 * j + 2 * tile.lane_in_group;
+    const uint32 token = 8 * j + 2 * tile.lane_in_group();
     const ptx::Words2 inverse = ptx::ld_shared_64(scales + token * 4);
     const uint32 codes = ptx::pack_e4m3(scaled_for_e4m3(totals[4 * j], __uint_as_float(inverse.x)),
                                         scaled_for_e4m3(totals[4 * j + 1], __uint_as_float(inverse.y)));
@@ -109,7 +110,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   ptx::barrier_sync<128>(barrier);
 #pragma unroll
   for (uint32 i = 0; i < ceil_div(kTokens, 64); ++i) {
-    const uint32 token = i * 64 + tile.thread / 2, half = tile.thread % 2;
+    const uint32 token = i * 64 + tile.thread() / 2, half = tile.thread() % 2;
     if (token < tile.num_tokens) {
       const ptx::Words4 v = ptx::ld_shared_128(staging + token * kPitch + half * 16);
       uint8* to = p.a_codes + uint64(tile.first_row + token) * (p.n / 2) + tile.row_block * kChannels + half * 16;

@@ -1,15 +1,25 @@
-// The tiles of a grouped GEMM, in the order in which blocks take them. The only tile-index arithmetic: every role walks a TileStream.
+// The tiles of a grouped GEMM, in the order in which blocks take them. The only tile-index arithmetic: the scheduler role walks a TileStream.
 //
-// Group g has count[g] token rows from begin[g] on. Its rows are cut into token tiles of equal size, the smallest of the config's sizes that
-// needs no more tiles than the largest would. Tiles are numbered group by group; inside a group token tiles run fastest, so that blocks that
-// work at the same time share a weight tile through L2. Block b takes tiles b, b + gridDim, ...
+// Group g has count[g] token rows from begin[g] on, cut into token tiles of equal size: the smallest of the config's sizes that needs no more tiles
+// than the largest would. Tiles are numbered group by group; inside a group token tiles run fastest, so that blocks that work at the same time
+// share a weight tile through L2. (Groups sorted by tile size were no faster: 230 us against 223 at 32 x ~64 rows, H200, 2026-11-21.)
+//
+// Block b takes tiles b, b + gridDim, ... of all full rounds. The tiles that are left would occupy only some blocks; with a workspace they are cut along K
+// instead, and every block takes an equal part of them:
+//
+//     tiles   |------ t ------|---- t + 1 ----|---- t + 2 ----|      num_k_blocks each
+//     blocks  |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|-- 4 --|
+//
+// The block with a tile's last part owns it: it adds the sums of the blocks before it and writes the result. A block whose part covers two tiles
+// computes the head of the later one first and then owns the earlier one, so an owner only waits for blocks with a lower index, for what they do
+// first: no order in which the hardware starts blocks can deadlock.
 #pragma once
 
 #include <megamoe/base.cuh>
 
 namespace megamoe {
 
-// How the rows of x are divided. Exactly one of the pointers is set, or none for one group of all rows.
+// How the rows of x are divided. One of the pointers is set, or none for one group of all rows.
 struct Grouping {
   const int32* offsets;    // [G + 1]: group g owns rows offsets[g] .. offsets[g + 1]
   const int32* bounds;     // [G, 2]: first and one past the last row of group g
@@ -19,35 +29,44 @@ struct Grouping {
   uint32 group_stride;     // rows between groups, with counts
 };
 
-struct GroupEntry {
+struct alignas(16) GroupEntry {
   uint32 begin, count;     // rows
   uint32 first_tile;       // number of tiles in the groups before
   uint32 token_tile_idx;   // which of the config's token tile sizes
 };
 
-struct Tile {
+struct alignas(16) Tile {
   uint32 group;
-  uint32 row_tile;         // weight rows, in units of the config's tile rows
-  uint32 first_row;        // of x
-  uint32 num_tokens;       // rows of x that are this tile's, at least 1
+  uint32 row_tile;          // weight rows, in units of the config's tile rows
+  uint32 first_row;         // of x
+  uint32 num_tokens;        // rows of x that are this tile's; 0 after the last tile
   uint32 token_tile_idx;
-  bool is_only_reader;     // of its weight tile, which need not stay in L2
+  uint32 first_k, num_k;    // blocks of K this block computes
+  uint32 num_contributors;  // blocks just before this one whose sums belong to the tile; only for the owner
+  uint32 is_owner;          // writes the result; otherwise the sums go to the workspace
+  uint32 is_only_reader;    // of its weight tile, which need not stay in L2
 };
 
 template <class Config>
 struct GroupTable {
+  // When the last round is cut: it would fill less than this part of the blocks, and a part is not shorter than kMinPart blocks of K. An exchange of
+  // sums costs about as much as it saves at 80 % (H200, 2026-11-21).
+  static constexpr uint32 kSplitBelowPercent = 50, kMinPart = 4;
+
   GroupEntry entries[Config::kMaxGroups];
   uint32 num_tiles;
 
   // Fills the table; called by all threads of the block, followed by a block barrier. `num_row_tiles` per group.
   MEGAMOE_DEVICE void build(const Grouping& grouping, uint32 num_row_tiles, uint32 thread, uint32 num_threads) {
-    for (uint32 g = thread; g < grouping.num_groups; g += num_threads) entries[g] = describe(grouping, g);
+    for (uint32 g = thread; g < grouping.num_groups; g += num_threads) describe(grouping, g);
     __syncthreads();
     if (thread < 32) scan(grouping.num_groups, num_row_tiles, thread);
   }
 
+  MEGAMOE_DEVICE uint32 num_token_tiles(uint32 g) const { return ceil_div(entries[g].count, Config::TokenTiles::at(entries[g].token_tile_idx)); }
+
  private:
-  static MEGAMOE_DEVICE GroupEntry describe(const Grouping& grouping, uint32 g) {
+  MEGAMOE_DEVICE void describe(const Grouping& grouping, uint32 g) {
     uint32 begin = 0, end = grouping.num_rows;
     if (grouping.offsets != nullptr) {
       begin = grouping.offsets[g];
@@ -62,12 +81,8 @@ struct GroupTable {
     // Values that the host could not check must not lead out of x.
     end = min_of(end, grouping.num_rows);
     const uint32 count = begin < end ? end - begin : 0;
-    return {begin, count, 0, choose_token_tile(count)};
-  }
-
-  static MEGAMOE_DEVICE uint32 choose_token_tile(uint32 count) {
     const uint32 num_tiles = ceil_div(count, Config::TokenTiles::largest());
-    return num_tiles == 0 ? 0 : Config::TokenTiles::index_of(ceil_div(count, num_tiles));
+    entries[g] = {begin, count, 0, num_tiles == 0 ? 0 : Config::TokenTiles::index_of(ceil_div(count, num_tiles))};
   }
 
   // Prefix sum over the groups' tiles, by one warp.
@@ -75,7 +90,7 @@ struct GroupTable {
     uint32 total = 0;
     for (uint32 first = 0; first < num_groups; first += 32) {
       const uint32 g = first + lane;
-      const uint32 mine = g < num_groups ? num_row_tiles * num_token_tiles(entries[g]) : 0;
+      const uint32 mine = g < num_groups ? num_row_tiles * num_token_tiles(g) : 0;
       uint32 sum = mine;
 #pragma unroll
       for (uint32 step = 1; step < 32; step *= 2) {
@@ -87,38 +102,77 @@ struct GroupTable {
     }
     if (lane == 0) num_tiles = total;
   }
-
-  static MEGAMOE_DEVICE uint32 num_token_tiles(const GroupEntry& entry) {
-    return ceil_div(entry.count, Config::TokenTiles::at(entry.token_tile_idx));
-  }
 };
 
-// One role's walk over the tiles of its block.
+// A walk over the tiles of this block.
 template <class Config>
 struct TileStream {
   const GroupTable<Config>& table;
-  uint32 num_groups;
-  uint32 next_tile, group = 0;
+  uint32 num_groups, num_k_blocks;
+  uint32 group = 0;       // of the tile taken last
+  uint32 next_tile;       // of the full rounds
+  uint32 end_of_rounds;   // tiles from here on are cut along K
+  uint32 num_parts;       // blocks that take part in those, the first ones
+  uint32 part, part_end;  // this block's blocks of K among those; part_end moves down as its tiles are taken
 
-  MEGAMOE_DEVICE TileStream(const GroupTable<Config>& table, uint32 num_groups)
-      : table(table), num_groups(num_groups), next_tile(blockIdx.x) {}
+  MEGAMOE_DEVICE TileStream(const GroupTable<Config>& table, uint32 num_groups, uint32 num_k_blocks, bool can_split)
+      : table(table), num_groups(num_groups), num_k_blocks(num_k_blocks), next_tile(blockIdx.x), end_of_rounds(table.num_tiles) {
+    const uint32 left = table.num_tiles % gridDim.x;
+    if (can_split && left * 100 < gridDim.x * GroupTable<Config>::kSplitBelowPercent) end_of_rounds -= left;
+    num_parts = min_of(gridDim.x, num_split_blocks() / GroupTable<Config>::kMinPart);
+    if (num_parts < left) num_parts = left;  // K is short: whole tiles
+    part = part_begin(min_of(blockIdx.x, num_parts));
+    part_end = part_begin(min_of(blockIdx.x + 1, num_parts));
+  }
 
   MEGAMOE_DEVICE bool next(Tile& tile) {
-    if (next_tile >= table.num_tiles) return false;
-    while (group + 1 < num_groups && next_tile >= table.entries[group + 1].first_tile) ++group;
+    if (next_tile < end_of_rounds) {
+      locate(next_tile, tile);
+      tile.first_k = 0;
+      tile.num_k = num_k_blocks;
+      tile.num_contributors = 0;
+      tile.is_owner = true;
+      next_tile += gridDim.x;
+      return true;
+    }
+    return next_part(tile);
+  }
+
+ private:
+  // Fewer than gridDim.x tiles: products with gridDim.x fit 32 bits up to 2^17 blocks of K at 180 blocks.
+  MEGAMOE_DEVICE uint32 num_split_blocks() const { return (table.num_tiles - end_of_rounds) * num_k_blocks; }
+  MEGAMOE_DEVICE uint32 part_begin(uint32 block) const { return num_parts == 0 ? 0 : num_split_blocks() * block / num_parts; }
+
+  MEGAMOE_DEVICE bool next_part(Tile& tile) {
+    if (part >= part_end) return false;
+    const uint32 last = (part_end - 1) / num_k_blocks, first = part / num_k_blocks;  // tiles; the later one goes first
+    const uint32 tile_begin = last * num_k_blocks;
+    const uint32 begin = last > first ? tile_begin : part;
+    group = 0;
+    locate(end_of_rounds + last, tile);
+    tile.first_k = begin - tile_begin;
+    tile.num_k = part_end - begin;
+    tile.is_owner = part_end == tile_begin + num_k_blocks;
+    // The block that has the tile's first block of K is the last one that begins at it or before.
+    const uint32 first_block = ceil_div((tile_begin + 1) * num_parts, num_split_blocks()) - 1;
+    tile.num_contributors = tile.is_owner ? blockIdx.x - first_block : 0;
+    part_end = begin;
+    return true;
+  }
+
+  MEGAMOE_DEVICE void locate(uint32 idx, Tile& tile) {
+    while (group + 1 < num_groups && idx >= table.entries[group + 1].first_tile) ++group;
     const GroupEntry entry = table.entries[group];
+    const uint32 num_token_tiles = table.num_token_tiles(group);
     const uint32 tokens = Config::TokenTiles::at(entry.token_tile_idx);
-    const uint32 num_token_tiles = ceil_div(entry.count, tokens);
-    const uint32 idx = next_tile - entry.first_tile;
+    const uint32 in_group = idx - entry.first_tile;
+    const uint32 first = in_group % num_token_tiles * tokens;
     tile.group = group;
-    tile.row_tile = idx / num_token_tiles;
-    const uint32 first = (idx % num_token_tiles) * tokens;
+    tile.row_tile = in_group / num_token_tiles;
     tile.first_row = entry.begin + first;
     tile.num_tokens = min_of(tokens, entry.count - first);
     tile.token_tile_idx = entry.token_tile_idx;
     tile.is_only_reader = num_token_tiles == 1;
-    next_tile += gridDim.x;
-    return true;
   }
 };
 

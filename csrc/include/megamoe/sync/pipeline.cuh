@@ -18,10 +18,10 @@ struct Pipeline {
   uint32 stage = 0, phase = 0;
 
   // By one thread, before any role starts.
-  static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumer_warps) {
+  static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumers) {
     for (uint32 i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(barriers + i * 16, 1);
-      ptx::mbarrier_init(barriers + i * 16 + 8, num_consumer_warps);
+      ptx::mbarrier_init(barriers + i * 16 + 8, num_consumers);
     }
   }
 
@@ -33,9 +33,13 @@ struct Pipeline {
   // Consumer: wait until the bytes of the current stage are there.
   MEGAMOE_DEVICE void wait_full() const { ptx::mbarrier_wait(full(), phase); }
 
-  // Producer: wait until the current stage is free, then announce the bytes that will land in it.
+  // Producer of ordinary stores: wait until the current stage is free; after the stores, publish them.
+  MEGAMOE_DEVICE void acquire() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
+  MEGAMOE_DEVICE void publish() const { ptx::mbarrier_arrive(full()); }
+
+  // Producer of copies: wait until the current stage is free, then announce the bytes that will land in it.
   MEGAMOE_DEVICE void acquire(uint32 num_bytes) const {
-    ptx::mbarrier_wait(empty(), phase ^ 1);
+    acquire();
     ptx::mbarrier_arrive_expect_bytes(full(), num_bytes);
   }
 

@@ -1,0 +1,61 @@
+"""Every kernel once on small shapes, for compute-sanitizer: `compute-sanitizer --tool memcheck python -m tests.kernels.sanitize_cases`.
+
+Checks no numbers. Includes groupings that are out of range, since those must not lead out of any tensor.
+"""
+
+import contextlib
+
+import torch
+
+import megamoe
+from megamoe.formats import layout_sm90, quantize_fp4, quantize_tokens
+from megamoe.kernels.fp4_gemm import fp4_gemm
+from megamoe.kernels.fp4_gemm_config import with_most_stages
+
+# Warpgroups, token tiles, epilogue; K = 1056 is two promotions and a tail of K, and few tiles, which are cut along K.
+CONFIGS = ((2, (16, 64), "store"), (3, (48,), "accumulate"), (4, (8, 48), "store"), (3, (24, 72), "swiglu"))
+N, K, COUNTS = 320, 1056, (70, 0, 1, 9)
+
+
+def run_configs() -> None:
+    offsets = torch.tensor([0, *COUNTS], device="cuda").cumsum(0).int()
+    num_rows = sum(COUNTS) + 2
+    x = quantize_tokens(torch.randn(num_rows, K, device="cuda"), "token")
+    w = quantize_fp4(torch.randn(len(COUNTS), N, K, device="cuda"))
+    for num_math_warpgroups, token_tiles, epilogue in CONFIGS:
+        config = with_most_stages(num_math_warpgroups=num_math_warpgroups, token_tiles=token_tiles, epilogue=epilogue, max_groups=4)
+        packed = layout_sm90.pack(w, epilogue == "swiglu")
+        if epilogue == "swiglu":
+            outputs = {"a_codes": torch.empty(num_rows, N // 2, dtype=torch.float8_e4m3fn, device="cuda"),
+                       "a_sf": torch.empty(num_rows, N // 64, dtype=torch.uint8, device="cuda")}
+        else:
+            outputs = {"out": torch.zeros(num_rows, N, dtype=torch.bfloat16, device="cuda")}
+        for _ in range(2):
+            fp4_gemm(x.codes, x.sf, packed, config, offsets=offsets, **outputs)
+        torch.cuda.synchronize()
+        print(f"fp4_gemm {config}")
+
+
+def run_ops() -> None:
+    w = quantize_fp4(torch.randn(3, 128, 96, device="cuda"))
+    plain, interleaved = layout_sm90.pack(w, False), layout_sm90.pack(w, True)
+    x = torch.randn(40, 96, device="cuda")
+    groupings = {"expert_idx": [0] * 20 + [-1, 2, 7] + [2] * 17, "offsets": [0, 20, 50, 30], "num_rows": [20, -1, 99]}
+    for kind in (32, 128, "token"):
+        tokens, masked = quantize_tokens(x, kind), quantize_tokens(x.new_zeros(3, 20, 96), kind)
+        for name, values in groupings.items():
+            grouping = {name: torch.tensor(values, device="cuda")}
+            given = masked if name == "num_rows" else tokens
+            with contextlib.suppress(ValueError):  # of the grouping before
+                megamoe.check()
+            megamoe.grouped_gemm(given, plain, **grouping)
+            with contextlib.suppress(ValueError):
+                megamoe.check()
+            megamoe.grouped_gemm_swiglu(given, interleaved, **grouping)
+            torch.cuda.synchronize()
+            print(f"grouped_gemm, grouped_gemm_swiglu: group {kind}, {name}")
+
+
+if __name__ == "__main__":
+    run_configs()
+    run_ops()
