@@ -76,6 +76,9 @@ def multiply(
     device, (num_groups, n, k) = w.device.index, w.shape
     outputs = {"out": out} if act is None else {"a_codes": act.codes, "a_sf": act.sf}
     outputs = {name: tensor.flatten(0, -2) for name, tensor in outputs.items()}
+    for name, tensor in outputs.items():  # before row_bounds, which clears rows of it
+        offset = tensor.data_ptr() % 16 if name != "a_sf" else 0
+        check(offset == 0, op, f"{name}.data_ptr()", "a multiple of 16", f"{offset} more than one", "copy it with .clone()")
     with contextlib.nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
         device_errors.raise_pending(device)
         rows, scales = (out, None) if act is None else (act.codes, act.sf)
@@ -83,6 +86,8 @@ def multiply(
         if not x.shape[0] or not num_groups:
             if epilogue != "accumulate":
                 rows.zero_()
+            if scales is not None:
+                scales.fill_(_scale_of_zeros())
             return
         if expert_idx is not None:
             fill = {} if epilogue == "accumulate" else {"rows": rows, "scales": scales, "scale": _scale_of_zeros()}

@@ -264,9 +264,14 @@ def test_bad_operands():
     _, w90 = weight(1, 96, 96)
     x = make_x("token", 6, 96, seed=12)
     out = torch.zeros(6 * 96 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(6, 96)
-    message = "fp4_gemm: out.data_ptr() must be a multiple of 16, got 2 more than one; copy it with .clone()"
+    for call, grouping in ((gemm, {}), (grouped_gemm, {"expert_idx": torch.zeros(6, dtype=torch.int32, device="cuda")})):
+        message = f"{call.__name__}: out.data_ptr() must be a multiple of 16, got 2 more than one; copy it with .clone()"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            call(x, w90, out=out, **grouping)
+    codes = torch.zeros(6 * 96 + 1, dtype=torch.uint8, device="cuda")[1:].view(6, 96).view(torch.float8_e4m3fn)
+    message = "fp4_gemm: codes.data_ptr() must be a multiple of 16, got 1 more than one; copy it with .clone()"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        gemm(x, w90, out=out)
+        gemm(QuantizedTokens(codes, x.sf, "token"), w90)
     message = "gemm: w.blocks.device must be cpu as of the first operand, got cuda:0; move it with .to('cpu')"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         gemm(torch.zeros(6, 96), w90)

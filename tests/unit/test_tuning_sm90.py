@@ -62,7 +62,7 @@ def test_shipped_text_is_that_of_its_config():
     for _, config, make_source, entry in kernels:
         text = make_source()
         assert f"kStages = {config.num_stages}, kMaxGroups = {config.max_groups};" in text
-        assert f"void __launch_bounds__(Config::kThreads, 1) {entry}(" in text
+        assert f"{entry}(const __grid_constant__ megamoe::Fp4GemmParams params)" in text
     assert len({make_source() for _, _, make_source, _ in kernels}) == len(kernels)
 
 
