@@ -13,7 +13,9 @@ from megamoe.errors import check
 from megamoe.formats import Sm90Weight
 from megamoe.kernels import jit
 from megamoe.kernels.driver import TensorMap
-from megamoe.kernels.fp4_gemm_config import BLOCK_K, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig
+from megamoe.kernels.fp4_gemm_config import (
+    BLOCK_K, MAX_DOUBLE_BUFFERED, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig,
+)
 from megamoe.kernels.launch import Params, params_struct, tensor_map_2d
 from megamoe.kernels.wgmma_source import wgmma_e5m2_e4m3
 
@@ -49,6 +51,7 @@ def source(config: Fp4GemmConfig) -> str:
         f"  static constexpr megamoe::uint32 kMathRegisters = {config.math_registers}, kAuxRegisters = {config.aux_registers};",
         f"  using TokenTiles = megamoe::Sizes<{tiles}>;",
         f"  static constexpr megamoe::uint32 kStages = {config.num_stages}, kMaxGroups = {config.max_groups};",
+        f"  static constexpr megamoe::uint32 kMaxDoubleBuffered = {MAX_DOUBLE_BUFFERED[config.num_math_warpgroups]};",
         f"  static constexpr bool kSwiglu = {_cpp(config.epilogue == 'swiglu')}, kAccumulate = {_cpp(config.epilogue == 'accumulate')};",
         "};",
         f"static_assert(megamoe::SmemPlan<Config>::kBytes <= {config.smem_bytes}, \"fp4_gemm_config.py and SmemPlan disagree\");",

@@ -14,8 +14,10 @@ GROUP_ENTRY_BYTES = 16
 TILE_RING_BYTES = 4 * (48 + 16)
 # (math, aux) registers per thread by number of math warpgroups. The sum over the block must fit 64 K registers, or setmaxnreg hangs.
 REGISTERS = {2: (232, 40), 3: (152, 56), 4: (104, 56)}
-# Largest token tile per epilogue and number of warpgroups that compiles without a spill (nvcc 13.0): two sets of sums, two fragments, the epilogue.
-_STORE_TILE = {2: 176, 3: 104, 4: 48}
+# Largest token tile that leaves registers for two expanded fragments, by number of warpgroups; larger ones expand and multiply in turns.
+MAX_DOUBLE_BUFFERED = {2: 176, 3: 104, 4: 48}
+# Largest token tile per epilogue that compiles without a spill (nvcc 13.0): two sets of sums, the fragments, the epilogue.
+_STORE_TILE = {2: 176, 3: 112, 4: 48}
 MAX_TOKEN_TILE = {"store": _STORE_TILE, "accumulate": _STORE_TILE, "swiglu": {2: 168, 3: 88, 4: 40}}
 MAX_TOKEN_TILE_SIZES = 16
 

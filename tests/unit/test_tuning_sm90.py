@@ -66,12 +66,12 @@ def test_shipped_text_is_that_of_its_config():
     assert len({make_source() for _, _, make_source, _ in kernels}) == len(kernels)
 
 
-@pytest.mark.parametrize("rows, num_math_warpgroups", [(1, 4), (8, 4), (20, 4), (32, 4), (64, 3), (96, 2), (192, 2), (512, 2), (4096, 2)])
+@pytest.mark.parametrize("rows, num_math_warpgroups", [(1, 4), (8, 4), (20, 4), (32, 4), (64, 3), (96, 3), (192, 2), (512, 2), (4096, 2)])
 def test_more_warpgroups_for_fewer_rows(no_table, rows, num_math_warpgroups):
-    """What was fastest on an H200: 4 warpgroups for a few rows, 3 up to about 80, 2 beyond."""
+    """What was fastest on an H200: 4 warpgroups for a few rows, 3 up to about 120, 2 beyond."""
     for n, k in ((6144, 7168), (7168, 3072)):
         assert choose(n, k, rows=rows).num_math_warpgroups == num_math_warpgroups
-        if rows != 32:  # swiglu has no tile of 40 with 4 warpgroups
+        if rows not in (32, 96):  # swiglu has no tile above 40 with 4 warpgroups, none above 88 with 3
             assert choose(n, k, rows=rows, epilogue="swiglu").num_math_warpgroups == num_math_warpgroups
 
 
@@ -84,14 +84,14 @@ def test_prefill_takes_one_size(no_table):
 @pytest.mark.parametrize("num_groups", [1, 8, 32])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_sane_over_rows(no_table, num_groups, epilogue):
-    """Twice the rows never take less time nor more warpgroups, and never more than twice the time and a round."""
+    """Twice the rows never take less time, and never more than twice the time and a round; over many groups they take no more warpgroups."""
     before = None
     for rows in [2**i for i in range(14)]:
         config = choose(7168, 3072, num_groups, rows, epilogue)
         us = predict_us(config, 7168, 3072, num_groups, rows, 132)
         if before:
             assert before[0] <= us <= 2 * before[0] + 24 * stage_us(2, 176) + 5, rows
-            assert num_groups == 1 or config.num_math_warpgroups <= before[1].num_math_warpgroups
+            assert num_groups < 32 or config.num_math_warpgroups <= before[1].num_math_warpgroups
         before = us, config
 
 

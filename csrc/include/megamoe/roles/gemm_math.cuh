@@ -51,12 +51,23 @@ struct Accumulator {
   // Sums the tile. On entry the current stage is the tile's first and `even` holds it; on exit the current stage is the one after its last.
   MEGAMOE_DEVICE void run(StageReader<Config>& reader, uint32 num_k_blocks) {
     float sums[kTokens / 2];
-    sm90::WeightFragment odd;
 #pragma unroll
     for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] = sums[i] = 0.0f;
+    const uint32 k = kTokens <= Config::kMaxDoubleBuffered ? run_overlapped(sums, reader, num_k_blocks) : run_in_turns(sums, reader, num_k_blocks);
+    // At most three blocks are left when K is no multiple of 512.
+#pragma unroll 1
+    for (uint32 rest = k; rest < num_k_blocks; ++rest) {
+      multiply_alone(sums, reader, true, rest + 1 < num_k_blocks);
+      promote(sums);
+    }
+  }
+
+ private:
+  // While one block multiplies, the next is expanded; at most one group is left running, so nothing waits for the tensor cores to drain except the
+  // promotion. The interval is unrolled: a conditional promotion makes the assembler insert waits of its own (C7517). Returns the blocks done.
+  MEGAMOE_DEVICE uint32 run_overlapped(float (&sums)[kTokens / 2], StageReader<Config>& reader, uint32 num_k_blocks) {
+    sm90::WeightFragment odd;
     uint32 k = 0;
-    // While one block multiplies, the next is expanded; at most one group is left running, so nothing waits for the tensor cores to drain except the
-    // promotion. The interval is unrolled: a conditional promotion makes the assembler insert waits of its own (C7517).
 #pragma unroll 1
     for (; k + kPromotionBlocks <= num_k_blocks; k += kPromotionBlocks) {
       uint32 odd_empty = 0;
@@ -80,21 +91,36 @@ struct Accumulator {
       ptx::wgmma_wait<0>();
       ptx::pin_registers(sums);
       reader.release(odd_empty);
-#pragma unroll
-      for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] += sums[i];
+      promote(sums);
     }
-    // At most three blocks are left when K is no multiple of 512.
+    return k;
+  }
+
+  // For tiles whose sums leave no registers for a second fragment: while this warpgroup expands, the others multiply.
+  MEGAMOE_DEVICE uint32 run_in_turns(float (&sums)[kTokens / 2], StageReader<Config>& reader, uint32 num_k_blocks) {
+    uint32 k = 0;
 #pragma unroll 1
-    for (; k < num_k_blocks; ++k) {
-      multiply<Config, kTokens>(sums, even, reader.stage(), true);
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(sums);
-      reader.release(reader.pipe.empty());
-      reader.pipe.advance();
-      if (k + 1 < num_k_blocks) reader.expand(even);
+    for (; k + kPromotionBlocks <= num_k_blocks; k += kPromotionBlocks) {
 #pragma unroll
-      for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] += sums[i];
+      for (uint32 i = 0; i < kPromotionBlocks; ++i) multiply_alone(sums, reader, i == 0, k + i + 1 < num_k_blocks);
+      promote(sums);
     }
+    return k;
+  }
+
+  // Multiplies the current stage to the end, then expands the one after it.
+  MEGAMOE_DEVICE void multiply_alone(float (&sums)[kTokens / 2], StageReader<Config>& reader, bool fresh, bool has_next) {
+    multiply<Config, kTokens>(sums, even, reader.stage(), fresh);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(sums);
+    reader.release(reader.pipe.empty());
+    reader.pipe.advance();
+    if (has_next) reader.expand(even);
+  }
+
+  MEGAMOE_DEVICE void promote(const float (&sums)[kTokens / 2]) {
+#pragma unroll
+    for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] += sums[i];
   }
 };
 
