@@ -16,11 +16,9 @@ from megamoe.comm.topology import Topology
 from megamoe.engines import ENGINES, choose_engine
 from megamoe.env import env
 from megamoe.errors import EngineUnavailableError
-from megamoe.kernels.compiler import find_nvcc
+from megamoe.kernels.compiler import NVRTC_WHEELS, find_nvcc
 
 Rows = list[tuple[str, str]]
-
-NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 
 
 def report() -> Rows:

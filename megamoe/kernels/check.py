@@ -1,6 +1,6 @@
 """`python -m megamoe.kernels.check`: compile every shipped kernel for sm_90a, without a GPU, and fail on what would make it slow or wrong.
 
-Prints registers, stack, spills and, where cuobjdump is installed, machine instructions. Fails on a compiler error, spills, the assembler's
+Prints registers, stack, spills and, where cuobjdump is installed (CUDA toolkit or wheel), machine instructions. Fails on a compiler error, spills, the assembler's
 C75xx messages (wgmma serialised, setmaxnreg ignored), register budgets that do not fit the launch, and main loops that expand weights after
 they have waited for the tensor cores.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megamoe.kernels.compiler import CompileError, Cubin, compile_cubin, find_tool
+from megamoe.kernels.compiler import CUOBJDUMP_WHEEL, CompileError, Cubin, compile_cubin, find_cuobjdump
 from megamoe.kernels.shipped import ShippedKernel, shipped_kernels
 
 ARCH = "sm_90a"
@@ -38,8 +38,10 @@ def disassemble(cuobjdump: str, code: bytes) -> list[Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        text = subprocess.run([cuobjdump, "-sass", file.name], check=True, capture_output=True, text=True).stdout
-    return parse_sass(text)
+        run = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"check-kernels: {cuobjdump} must read a cubin, got exit code {run.returncode}: {run.stderr.strip()}")
+    return parse_sass(run.stdout)
 
 
 def parse_sass(text: str) -> list[Instruction]:
@@ -131,9 +133,9 @@ def check(kernel: ShippedKernel, cuobjdump: str | None) -> tuple[str, list[str]]
 
 def main() -> int:
     """Check every shipped kernel, print one line for each. Returns the exit code."""
-    cuobjdump = find_tool("cuobjdump")
+    cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        print("cuobjdump was not found: machine instructions are not checked")
+        print(f"cuobjdump was not found: machine instructions are not checked; pip install {CUOBJDUMP_WHEEL} nvidia-cuda-nvdisasm")
     num_good = num_bad = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line, problems in pool.map(lambda kernel: check(kernel, cuobjdump), shipped_kernels()):

@@ -19,6 +19,7 @@ COMPILERS = ("auto", "nvcc", "nvrtc")
 # Both compilers read these alike. -v: the assembler reports registers, spills, and where it had to serialise wgmma.
 FLAGS = ("--std=c++17", "--ptxas-options=-v")
 NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
+CUOBJDUMP_WHEEL = "nvidia-cuda-cuobjdump"
 
 _PACKAGE = Path(__file__).parents[1]
 _RESOURCE_LINE = re.compile(r"Used (\d+) registers")
@@ -70,6 +71,18 @@ def find_tool(name: str) -> str | None:
     homes = [os.environ[home] for home in ("CUDA_HOME", "CUDA_PATH") if home in os.environ] + ["/usr/local/cuda"]
     folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes)]
     return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def find_cuobjdump() -> str | None:
+    """Path of cuobjdump: that of the CUDA toolkit, else of this Python's wheel, which runs the nvdisasm that another wheel puts beside it."""
+    path = find_tool("cuobjdump")
+    if path is not None:
+        return path
+    try:
+        files = metadata.files(CUOBJDUMP_WHEEL) or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate()) for file in files if file.name == "cuobjdump"), None)
 
 
 def find_compiler(requested: str = "auto") -> Compiler:

@@ -1,5 +1,8 @@
 """megamoe.kernels.check: what it reads from machine code, and that each thing it must refuse is refused."""
 
+import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,17 +77,54 @@ def test_budgets(num_registers, math, aux, problems):
     assert budget_problems(SimpleNamespace(), Cubin(b"", "", 255, 0, 0)) == []
 
 
+def test_cuobjdump_of_the_toolkit_comes_first(tmp_path, monkeypatch):
+    tool = program(tmp_path / "bin" / "cuobjdump", "exit 0")
+    monkeypatch.setattr(compiler.metadata, "files", lambda wheel: pytest.fail(f"looked for {wheel}"))
+    monkeypatch.setenv("PATH", str(tool.parent))
+    assert compiler.find_cuobjdump() == str(tool)
+
+
+def test_cuobjdump_of_the_wheel(tmp_path, monkeypatch):
+    """A wheel as pip installs it: found through its list of files, wherever the interpreter's packages lie."""
+    tool = program(tmp_path / "nvidia" / "cu13" / "bin" / "cuobjdump", "exit 0")
+    info = tmp_path / "nvidia_cuda_cuobjdump-13.5.37.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-cuobjdump\nVersion: 13.5.37\n")
+    (info / "RECORD").write_text("nvidia_cuda_cuobjdump-13.5.37.dist-info/METADATA,,\nnvidia/cu13/bin/cuobjdump,,\n")
+    monkeypatch.setattr(compiler, "find_tool", lambda name: None)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert compiler.find_cuobjdump() == str(tool)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty")])
+    assert compiler.find_cuobjdump() is None
+
+
+def test_a_disassembler_that_fails_says_why(tmp_path):
+    tool = program(tmp_path / "cuobjdump", "echo no nvdisasm >&2; exit 3")
+    message = f"check-kernels: {tool} must read a cubin, got exit code 3: no nvdisasm"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        check.disassemble(str(tool), b"")
+
+
+def program(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
 def shipped_as(text: str, config: object = "config"):
     return lambda: [("op", config, lambda: text, "k")]
 
 
 @pytest.mark.skipif(compiler.find_nvcc() is None, reason="nvcc is not installed")
 def test_reports_and_exit_codes(monkeypatch, capsys):
-    monkeypatch.setattr(check, "find_tool", lambda name: None)
+    monkeypatch.setattr(check, "find_cuobjdump", lambda: None)
     monkeypatch.setattr(check, "shipped_kernels", shipped_as('extern "C" __global__ void k(int* x) { *x = 1; }'))
     assert check.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "cuobjdump was not found: machine instructions are not checked" and lines[-1] == "1 passed, 0 failed"
+    assert lines[0] == ("cuobjdump was not found: machine instructions are not checked; pip install nvidia-cuda-cuobjdump "
+                        "nvidia-cuda-nvdisasm")
+    assert lines[-1] == "1 passed, 0 failed"
     assert lines[1].startswith("ok   op config: ") and " registers, 0 B stack, 0 B spilled, " in lines[1]
     monkeypatch.setattr(check, "shipped_kernels", shipped_as("no C++"))
     assert check.main() == 1
@@ -96,7 +136,7 @@ def test_reports_and_exit_codes(monkeypatch, capsys):
     assert check.main() == 1 and " bytes spilled\n" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(compiler.find_nvcc() is None or compiler.find_tool("cuobjdump") is None, reason="nvcc or cuobjdump is not installed")
+@pytest.mark.skipif(compiler.find_nvcc() is None or compiler.find_cuobjdump() is None, reason="nvcc or cuobjdump is not installed")
 def test_machine_code_of_a_real_kernel(monkeypatch, capsys):
     text = 'extern "C" __global__ void k(int* x, int n) { for (int i = 0; i < n; ++i) x[i] = __byte_perm(x[i], n, 0x2143); }'
     monkeypatch.setattr(check, "shipped_kernels", shipped_as(text, SimpleNamespace(num_threads=128, math_registers=24, aux_registers=24)))
