@@ -1,8 +1,8 @@
 """`python -m megamoe.kernels.check`: compile every shipped kernel for sm_90a, without a GPU, and fail on what would make it slow or wrong.
 
-Prints registers, stack, spills and, where cuobjdump is installed (CUDA toolkit or wheel), machine instructions. Fails on a compiler error, spills, the assembler's
-C75xx messages (wgmma serialised, setmaxnreg ignored), register budgets that do not fit the launch, and main loops that expand weights after
-they have waited for the tensor cores.
+Prints registers, stack, spills and machine instructions, these where cuobjdump is installed (CUDA toolkit or wheel). Fails on a compiler
+error, spills, the assembler's C75xx messages (wgmma serialised, setmaxnreg ignored), register budgets that do not fit the launch, and main
+loops that expand weights after they have waited for the tensor cores.
 """
 
 import os
@@ -15,7 +15,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megamoe.kernels.compiler import CUOBJDUMP_WHEEL, CompileError, Cubin, compile_cubin, find_cuobjdump
+from megamoe.errors import EngineUnavailableError
+from megamoe.kernels.compiler import CUOBJDUMP_WHEEL, CompileError, Cubin, compile_cubin, find_compiler, find_cuobjdump
 from megamoe.kernels.shipped import ShippedKernel, shipped_kernels
 
 ARCH = "sm_90a"
@@ -133,6 +134,11 @@ def check(kernel: ShippedKernel, cuobjdump: str | None) -> tuple[str, list[str]]
 
 def main() -> int:
     """Check every shipped kernel, print one line for each. Returns the exit code."""
+    try:
+        find_compiler()
+    except EngineUnavailableError as error:
+        print(error)
+        return 1
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         print(f"cuobjdump was not found: machine instructions are not checked; pip install {CUOBJDUMP_WHEEL} nvidia-cuda-nvdisasm")

@@ -74,7 +74,7 @@ def find_tool(name: str) -> str | None:
 
 
 def find_cuobjdump() -> str | None:
-    """Path of cuobjdump: that of the CUDA toolkit, else of this Python's wheel, which runs the nvdisasm that another wheel puts beside it."""
+    """Path of cuobjdump: the CUDA toolkit's, else that of this Python's wheel, which runs the nvdisasm beside it; None if there is none."""
     path = find_tool("cuobjdump")
     if path is not None:
         return path

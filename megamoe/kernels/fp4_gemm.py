@@ -12,6 +12,7 @@ import torch
 from megamoe.errors import check
 from megamoe.formats import Sm90Weight
 from megamoe.kernels import jit
+from megamoe.kernels.codegen import emit_struct
 from megamoe.kernels.driver import TensorMap
 from megamoe.kernels.fp4_gemm_config import (
     BLOCK_K, MAX_DOUBLE_BUFFERED, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig,
@@ -46,14 +47,8 @@ def source(config: Fp4GemmConfig) -> str:
         *map(wgmma_e5m2_e4m3, config.token_tiles),
         "#include <megamoe/kernels/fp4_gemm.cuh>",
         "",
-        "struct Config {",
-        f"  static constexpr megamoe::uint32 kMathWarpgroups = {config.num_math_warpgroups}, kThreads = {config.num_threads};",
-        f"  static constexpr megamoe::uint32 kMathRegisters = {config.math_registers}, kAuxRegisters = {config.aux_registers};",
-        f"  using TokenTiles = megamoe::Sizes<{tiles}>;",
-        f"  static constexpr megamoe::uint32 kStages = {config.num_stages}, kMaxGroups = {config.max_groups};",
-        f"  static constexpr megamoe::uint32 kMaxDoubleBuffered = {MAX_DOUBLE_BUFFERED[config.num_math_warpgroups]};",
-        f"  static constexpr bool kSwiglu = {_cpp(config.epilogue == 'swiglu')}, kAccumulate = {_cpp(config.epilogue == 'accumulate')};",
-        "};",
+        emit_struct("Constants", _constants(config)),
+        f"struct Config : Constants {{ using TokenTiles = megamoe::Sizes<{tiles}>; }};",
         f"static_assert(megamoe::SmemPlan<Config>::kBytes <= {config.smem_bytes}, \"fp4_gemm_config.py and SmemPlan disagree\");",
         "",
         'extern "C" __global__ void __launch_bounds__(Config::kThreads, 1)',
@@ -64,8 +59,14 @@ def source(config: Fp4GemmConfig) -> str:
     ])
 
 
-def _cpp(value: bool) -> str:
-    return str(value).lower()
+def _constants(config: Fp4GemmConfig) -> dict[str, int | bool]:
+    """The static facts under the names that csrc reads them by: math_warpgroups is kMathWarpgroups."""
+    return {
+        "math_warpgroups": config.num_math_warpgroups, "threads": config.num_threads, "math_registers": config.math_registers,
+        "aux_registers": config.aux_registers, "stages": config.num_stages, "max_groups": config.max_groups,
+        "max_double_buffered": MAX_DOUBLE_BUFFERED[config.num_math_warpgroups], "swiglu": config.epilogue == "swiglu",
+        "accumulate": config.epilogue == "accumulate",
+    }
 
 
 def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: Fp4GemmConfig, *, offsets: torch.Tensor | None = None,

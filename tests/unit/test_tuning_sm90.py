@@ -61,7 +61,7 @@ def test_shipped_text_is_that_of_its_config():
     kernels = [kernel for kernel in shipped.shipped_kernels() if kernel[0] == "fp4_gemm"]
     for _, config, make_source, entry in kernels:
         text = make_source()
-        assert f"kStages = {config.num_stages}, kMaxGroups = {config.max_groups};" in text
+        assert f"kStages = {config.num_stages}u;" in text and f"kMaxGroups = {config.max_groups}u;" in text
         assert f"{entry}(const __grid_constant__ megamoe::Fp4GemmParams params)" in text
     assert len({make_source() for _, _, make_source, _ in kernels}) == len(kernels)
 

@@ -12,7 +12,7 @@
 //
 // The block with a tile's last part owns it: it adds the sums of the blocks before it and writes the result. A block whose part covers two tiles
 // computes the head of the later one first and then owns the earlier one, so an owner only waits for blocks with a lower index, for what they do
-// first: no order in which the hardware starts blocks can deadlock.
+// first. That cannot deadlock while all blocks of the grid fit on the card, nor when blocks start in index order.
 #pragma once
 
 #include <megamoe/base.cuh>
