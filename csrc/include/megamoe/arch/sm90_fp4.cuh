@@ -1,7 +1,8 @@
 // FP4 weights on Hopper: one storage unit of 64 rows x 128 K in shared memory -> the A registers of four wgmma k32 steps.
 //
-// There is no FP4 conversion before Blackwell; a byte permutation is the lookup table. The exponent of a group is added to the table, so the
-// registers hold FP4 * 2^(e - 14) in E5M2, exactly, for e in 1..27 (formats/layout_sm90.py checks the window). 7 operations for 8 weights.
+// There is no FP4 conversion before Blackwell; a byte permutation is the lookup table. The exponent of a group is added to the table, so
+// the registers hold FP4 * 2^(e - 14) in E5M2, exactly, for e in 1..27 (formats/layout_sm90.py checks the window). 7 operations for 8
+// weights.
 #pragma once
 
 #include <megamoe/ptx/numeric.cuh>

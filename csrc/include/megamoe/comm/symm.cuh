@@ -1,7 +1,8 @@
 // Symm: the arenas of all ranks as one of them sees them. A kernel takes it by value and reaches any rank's element through the accessors
 // of the generated `struct Layout`:
 //     *symm.at<&Layout::combine_ready>(peer, symm.rank, 0) = epoch;
-// Nothing else computes an address across ranks. Compiles with nvcc, NVRTC and a host compiler; includes no standard header for that reason.
+// Nothing else computes an address across ranks. Compiles with nvcc, NVRTC and a host compiler; includes no standard header for that
+// reason.
 #pragma once
 
 #include <megamoe/base.cuh>

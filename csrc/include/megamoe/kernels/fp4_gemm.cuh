@@ -1,7 +1,7 @@
 // fp4_gemm: y[row, :] = x[row, :] @ W[group of row]^T with E4M3 tokens (one UE8M0 scale per token) and FP4 weights in sm_90a kernel layout.
 //
-// Operands are swapped: 64 weight rows are the M side of each wgmma (A, expanded from FP4 in registers), tokens are the N side (B, from shared
-// memory). One persistent block per SM walks the tiles of schedule/grouped_tiles.cuh:
+// Operands are swapped: 64 weight rows are the M side of each wgmma (A, expanded from FP4 in registers), tokens are the N side (B, from
+// shared memory). One persistent block per SM walks the tiles of schedule/grouped_tiles.cuh:
 //
 //     scheduler (1 thread) which tile is next                           -> ring of tiles
 //     loader (1 thread)    weights by bulk copy, tokens by tensor copy  -> ring of stages, one K = 128 block each
@@ -50,7 +50,8 @@ struct SmemPlan {
   static constexpr uint32 kTokensOffset = round_up(kWeightBytes, 1024);
   static constexpr uint32 kMaxTokens = Config::TokenTiles::largest();
   static constexpr uint32 kStageBytes = kTokensOffset + kMaxTokens * sm90::WeightUnit::kK;
-  // Epilogue staging of one warpgroup: a token per row, 64 channels in BF16; 16 bytes of padding keep 8 consecutive rows in different banks.
+  // Epilogue staging of one warpgroup: a token per row, 64 channels in BF16; 16 bytes of padding keep 8 consecutive rows in different
+  // banks.
   static constexpr uint32 kStagingPitch = 64 * 2 + 16;
   static constexpr uint32 kStagingBytes = kMaxTokens * kStagingPitch;
   // Per token of a tile: scale and row weight; per token and warp: the maximum that the warpgroup agrees on (swiglu).

@@ -28,9 +28,10 @@ MEGAMOE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 
 // Addresses and size are multiples of 16 bytes.
 MEGAMOE_DEVICE void bulk_load(uint32 destination, const void* source, uint32 num_bytes, uint32 barrier, uint64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(destination),
-               "l"(source), "r"(num_bytes), "r"(barrier), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(source), "r"(num_bytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 // Box of the map at (column, row); what lies outside the tensor arrives as zeros and counts as bytes.

@@ -28,7 +28,8 @@ MEGAMOE_DEVICE uint64 descriptor_128b_swizzle(uint32 address) {
   return kSwizzle128B | kAtomStride | kUnusedLeadingOffset | ((address >> 4) & 0x3fff);
 }
 
-// D[64 rows, kTokens] (+)= A[64 rows, 32] E5M2 * B[kTokens, 32]^T E4M3. Specialisations are generated per kernel, for the token counts it uses.
+// D[64 rows, kTokens] (+)= A[64 rows, 32] E5M2 * B[kTokens, 32]^T E4M3. Specialisations are generated per kernel, for the token counts it
+// uses.
 template <uint32 kTokens>
 struct WgmmaE5m2E4m3;
 

@@ -8,8 +8,8 @@
 
 namespace megamoe {
 
-// The tensor cores add with 14 significant bits: every 512 of K the sums move to FP32 registers. Error against FP64 at K = 7168: 2.8e-4 with 512,
-// 1.7e-4 with 256, 1.6e-3 without (H200, 2026-11-21); BF16 rounding alone is 1.7e-3.
+// The tensor cores add with 14 significant bits: every 512 of K the sums move to FP32 registers. Error against FP64 at K = 7168: 2.8e-4
+// with 512, 1.7e-4 with 256, 1.6e-3 without (H200, 2026-11-21); BF16 rounding alone is 1.7e-3.
 constexpr uint32 kPromotionBlocks = 4;
 
 // Starts sums (+)= A * B for the four k32 steps of the stage at `stage`. `fresh`: the sums start from zero.
@@ -53,7 +53,8 @@ struct Accumulator {
     float sums[kTokens / 2];
 #pragma unroll
     for (uint32 i = 0; i < kTokens / 2; ++i) totals[i] = sums[i] = 0.0f;
-    const uint32 k = kTokens <= Config::kMaxDoubleBuffered ? run_overlapped(sums, reader, num_k_blocks) : run_in_turns(sums, reader, num_k_blocks);
+    constexpr bool kIsOverlapped = kTokens <= Config::kMaxDoubleBuffered;
+    const uint32 k = kIsOverlapped ? run_overlapped(sums, reader, num_k_blocks) : run_in_turns(sums, reader, num_k_blocks);
     // At most three blocks are left when K is no multiple of 512.
 #pragma unroll 1
     for (uint32 rest = k; rest < num_k_blocks; ++rest) {
@@ -63,8 +64,9 @@ struct Accumulator {
   }
 
  private:
-  // While one block multiplies, the next is expanded; at most one group is left running, so nothing waits for the tensor cores to drain except the
-  // promotion. The interval is unrolled: a conditional promotion makes the assembler insert waits of its own (C7517). Returns the blocks done.
+  // While one block multiplies, the next is expanded; at most one group is left running, so nothing waits for the tensor cores to drain
+  // except the promotion. The interval is unrolled: a conditional promotion makes the assembler insert waits of its own (C7517). Returns
+  // the blocks done.
   MEGAMOE_DEVICE uint32 run_overlapped(float (&sums)[kTokens / 2], StageReader<Config>& reader, uint32 num_k_blocks) {
     sm90::WeightFragment odd;
     uint32 k = 0;

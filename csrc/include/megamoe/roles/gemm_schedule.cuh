@@ -1,5 +1,6 @@
-// Scheduler: one thread walks the tiles of its block and hands them to the other roles through a small ring, ahead of time. The index arithmetic
-// (five divisions and a search) takes longer than an epilogue; in the math warps it cost 0.6 to 2 us per tile (H200, 2026-11-21).
+// Scheduler: one thread walks the tiles of its block and hands them to the other roles through a small ring, ahead of time. The index
+// arithmetic (five divisions and a search) takes longer than an epilogue; in the math warps it cost 0.6 to 2 us per tile (H200,
+// 2026-11-21).
 #pragma once
 
 #include <megamoe/kernels/fp4_gemm.cuh>

@@ -1,16 +1,18 @@
 // Epilogue store / accumulate: scale the sums of one warpgroup (64 weight rows x tokens), round to BF16, write token-major rows.
 //
-// The fragment is channel-major, the output token-major: 8x8 transposing stores bring it to shared memory as one token per row, from where 8 threads
-// write the 128 contiguous bytes of a token.
+// The fragment is channel-major, the output token-major: 8x8 transposing stores bring it to shared memory as one token per row, from
+// where 8 threads write the 128 contiguous bytes of a token.
 #pragma once
 
 #include <megamoe/kernels/fp4_gemm.cuh>
 
 namespace megamoe {
 
-MEGAMOE_DEVICE float exponent_to_float(uint32 biased) { return __uint_as_float(biased == 0 ? 0x00400000u : biased << 23); }  // 2^(biased - 127)
+// 2^(biased - 127).
+MEGAMOE_DEVICE float exponent_to_float(uint32 biased) { return __uint_as_float(biased == 0 ? 0x00400000u : biased << 23); }
 
-// Which rows and tokens a warpgroup's fragment is. Loads what the epilogue needs before the main loop starts, to hide the latency behind it.
+// Which rows and tokens a warpgroup's fragment is. Loads what the epilogue needs before the main loop starts, to hide the latency behind
+// it.
 struct EpilogueTile {
   uint32 group, row_block, first_row, num_tokens;
   // Bytes as loaded: combining them here would wait for them here.
@@ -64,7 +66,8 @@ MEGAMOE_DEVICE void for_each_piece(const Fp4GemmParams& p, const EpilogueTile& t
 }
 
 template <class Config, uint32 kTokens>
-MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base, uint32 warpgroup) {
+MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base,
+                                    uint32 warpgroup) {
   using Plan = SmemPlan<Config>;
   const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
   const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * Plan::kMaxTokens * 4;
@@ -96,7 +99,8 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
       const uint32 j = first + i, row = matrix_row + j * 8 * Plan::kStagingPitch;
       if (j >= kTokens / 8) break;
       const float s0 = __uint_as_float(pairs[i].x), s1 = __uint_as_float(pairs[i].y);
-      float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1, totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
+      float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1,
+                    totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
       if constexpr (Config::kAccumulate) {
         const ptx::Words2 old = ptx::ldmatrix_x2_trans(row);
         v[0] += ptx::bf16_low(old.x), v[1] += ptx::bf16_high(old.x), v[2] += ptx::bf16_low(old.y), v[3] += ptx::bf16_high(old.y);

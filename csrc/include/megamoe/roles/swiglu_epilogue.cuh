@@ -39,7 +39,8 @@ MEGAMOE_DEVICE float scaled_for_e4m3(float v, float inverse) {
 }
 
 template <class Config, uint32 kTokens>
-MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base, uint32 warpgroup) {
+MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base,
+                                     uint32 warpgroup) {
   using Plan = SmemPlan<Config>;
   constexpr uint32 kChannels = 32, kRowBytes = Plan::kMaxTokens * 4, kPitch = 48;  // 48: 16-byte rows whose bytes spread over the banks
   const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;

@@ -1,7 +1,9 @@
-// Sums of tiles that are cut along K: contributors leave them in the workspace, the owner adds them in block order, so results repeat bit for bit.
+// Sums of tiles that are cut along K: contributors leave them in the workspace, the owner adds them in block order, so results repeat bit
+// for bit.
 //
-// Workspace: four flags per block, then per block and warpgroup one slot of float4 [max tokens / 8][128 threads] in fragment order. A flag is set by the
-// contributor (release), awaited by the owner (acquire) and set back by it: between launches all flags are zero, wherever the slots of a config lie.
+// Workspace: four flags per block, then per block and warpgroup one slot of float4 [max tokens / 8][128 threads] in fragment order. A
+// flag is set by the contributor (release), awaited by the owner (acquire) and set back by it: between launches all flags are zero,
+// wherever the slots of a config lie.
 #pragma once
 
 #include <megamoe/kernels/fp4_gemm.cuh>

@@ -1,18 +1,20 @@
-// The tiles of a grouped GEMM, in the order in which blocks take them. The only tile-index arithmetic: the scheduler role walks a TileStream.
+// The tiles of a grouped GEMM, in the order in which blocks take them. The only tile-index arithmetic: the scheduler role walks a
+// TileStream.
 //
-// Group g has count[g] token rows from begin[g] on, cut into token tiles of equal size: the smallest of the config's sizes that needs no more tiles
-// than the largest would. Tiles are numbered group by group; inside a group token tiles run fastest, so that blocks that work at the same time
-// share a weight tile through L2. (Groups sorted by tile size were no faster: 230 us against 223 at 32 x ~64 rows, H200, 2026-11-21.)
+// Group g has count[g] token rows from begin[g] on, cut into token tiles of equal size: the smallest of the config's sizes that needs no
+// more tiles than the largest would. Tiles are numbered group by group; inside a group token tiles run fastest, so that blocks that work
+// at the same time share a weight tile through L2. (Groups sorted by tile size were no faster: 230 us against 223 at 32 x ~64 rows, H200,
+// 2026-11-21.)
 //
-// Block b takes tiles b, b + gridDim, ... of all full rounds. The tiles that are left would occupy only some blocks; with a workspace they are cut along K
-// instead, and every block takes an equal part of them:
+// Block b takes tiles b, b + gridDim, ... of all full rounds. The tiles that are left would occupy only some blocks; with a workspace
+// they are cut along K instead, and every block takes an equal part of them:
 //
 //     tiles   |------ t ------|---- t + 1 ----|---- t + 2 ----|      num_k_blocks each
 //     blocks  |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|-- 4 --|
 //
-// The block with a tile's last part owns it: it adds the sums of the blocks before it and writes the result. A block whose part covers two tiles
-// computes the head of the later one first and then owns the earlier one, so an owner only waits for blocks with a lower index, for what they do
-// first. That cannot deadlock while all blocks of the grid fit on the card, nor when blocks start in index order.
+// The block with a tile's last part owns it: it adds the sums of the blocks before it and writes the result. A block whose part covers
+// two tiles computes the head of the later one first and then owns the earlier one, so an owner only waits for blocks with a lower index,
+// for what they do first. That cannot deadlock while all blocks of the grid fit on the card, nor when blocks start in index order.
 #pragma once
 
 #include <megamoe/base.cuh>
@@ -49,8 +51,8 @@ struct alignas(16) Tile {
 
 template <class Config>
 struct GroupTable {
-  // When the last round is cut: it would fill less than this part of the blocks, and a part is not shorter than kMinPart blocks of K. An exchange of
-  // sums costs about as much as it saves at 80 % (H200, 2026-11-21).
+  // When the last round is cut: it would fill less than this part of the blocks, and a part is not shorter than kMinPart blocks of K. An
+  // exchange of sums costs about as much as it saves at 80 % (H200, 2026-11-21).
   static constexpr uint32 kSplitBelowPercent = 50, kMinPart = 4;
 
   GroupEntry entries[Config::kMaxGroups];
@@ -63,7 +65,9 @@ struct GroupTable {
     if (thread < 32) scan(grouping.num_groups, num_row_tiles, thread);
   }
 
-  MEGAMOE_DEVICE uint32 num_token_tiles(uint32 g) const { return ceil_div(entries[g].count, Config::TokenTiles::at(entries[g].token_tile_idx)); }
+  MEGAMOE_DEVICE uint32 num_token_tiles(uint32 g) const {
+    return ceil_div(entries[g].count, Config::TokenTiles::at(entries[g].token_tile_idx));
+  }
 
  private:
   MEGAMOE_DEVICE void describe(const Grouping& grouping, uint32 g) {
