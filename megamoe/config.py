@@ -55,7 +55,8 @@ class MoEConfig:
         need(self.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", "pick one of them")
         need(self.activation == "swiglu", "activation", "'swiglu'", "no other activation is implemented")
         need(self.swiglu_limit is None or self.swiglu_limit > 0, "swiglu_limit", "None or positive", "None means no clamp")
-        need(self.swiglu_alpha is not None or self.swiglu_up_bias == 0, "swiglu_up_bias", "0 without swiglu_alpha", "it would have no effect")
+        need(self.swiglu_alpha is not None or self.swiglu_up_bias == 0, "swiglu_up_bias", "0 without swiglu_alpha",
+             "it would have no effect")
 
     def num_local_experts(self, num_ranks: int) -> int:
         """Experts per rank; experts [rank * e, (rank + 1) * e) live on `rank`. Raises ValueError if they do not divide evenly."""

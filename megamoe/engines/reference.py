@@ -1,7 +1,7 @@
 """The reference engine: the executable form of the numerics contract, on CPU ranks and on GPUs.
 
-It dispatches by pulling and combines by pushing through the arena, like the kernels, and computes experts in plain torch. It is synchronous:
-when `forward` returns, the result is there and every peer has finished with this rank's inputs. It does not try to be fast.
+It dispatches by pulling and combines by pushing through the arena, like the kernels, and computes experts in plain torch. It is
+synchronous: when `forward` returns, the result is there and every peer has finished with this rank's inputs. It does not try to be fast.
 
 Legend: T tokens on this rank, K top-k slots, R rows received, P pool rows, W ranks, e local experts, H hidden, I intermediate.
 """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamoe.formats import e2m1, ue8m0
 from megamoe.formats.checks import matrices, require, require_no_nan_scale, require_weights
+from megamoe.formats.scaled_weight import ScaledWeight
 
 GROUP = 32
 ZERO_GROUP_SCALE = 0  # the one scale byte of an all-zero group: what the quantiser writes and every layout inverse restores
@@ -18,7 +19,7 @@ _NVFP4_FIX = "convert NVFP4 to MXFP4 first (dequantise with its scale per tensor
 
 
 @dataclass(frozen=True, eq=False)
-class FP4Weight:
+class FP4Weight(ScaledWeight):
     """FP4 weights [..., N, K]: value = E2M1 * 2^(scale - 127) of the group of 32 along K.
 
     Args:
@@ -46,22 +47,6 @@ class FP4Weight:
     def shape(self) -> torch.Size:
         """The logical shape [..., N, K]."""
         return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def num_bytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    def __getitem__(self, index: int | slice | Tensor) -> "FP4Weight":
-        """The weights of one or several experts (views, where indexing a tensor gives views)."""
-        require(self.codes.dim() > 2, "FP4Weight", "an indexed weight", "[E, N, K]", list(self.shape), "slice rows after dequantize()")
-        return FP4Weight(self.codes[index], self.scales[index], check_nan=False)
-
-    def to(self, device: torch.device | str) -> "FP4Weight":
-        return FP4Weight(self.codes.to(device), self.scales.to(device), check_nan=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [..., N, K] of `dtype`; exact in float32 and bfloat16 up to their overflow."""

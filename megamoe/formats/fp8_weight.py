@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megamoe.formats import fp8, ue8m0
 from megamoe.formats.checks import matrices, require, require_no_nan_scale, require_weights
+from megamoe.formats.scaled_weight import ScaledWeight
 
 BLOCK = 128
 
@@ -20,7 +21,7 @@ def _num_blocks(size: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class FP8Weight:
+class FP8Weight(ScaledWeight):
     """FP8 weights [..., N, K]: value = E4M3 * scale of the 128 x 128 block.
 
     Args:
@@ -55,22 +56,6 @@ class FP8Weight:
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def num_bytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    def __getitem__(self, index: int | slice | Tensor) -> "FP8Weight":
-        """The weights of one or several experts (views, where indexing a tensor gives views)."""
-        require(self.codes.dim() > 2, "FP8Weight", "an indexed weight", "[E, N, K]", list(self.shape), "slice rows after dequantize()")
-        return FP8Weight(self.codes[index], self.scales[index], check_nan=False)
-
-    def to(self, device: torch.device | str) -> "FP8Weight":
-        return FP8Weight(self.codes.to(device), self.scales.to(device), check_nan=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [..., N, K] of `dtype`, computed in float32."""

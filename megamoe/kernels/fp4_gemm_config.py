@@ -27,7 +27,8 @@ class Fp4GemmConfig:
     """One compiled fp4_gemm.
 
     Args:
-        num_math_warpgroups: 2, 3 or 4, of 64 weight rows each. More hide the latency of expanding FP4, fewer leave registers for more tokens.
+        num_math_warpgroups: 2, 3 or 4, of 64 weight rows each. More hide the latency of expanding FP4, fewer leave registers
+            for more tokens.
         token_tiles: ascending multiples of 8; per tile the kernel takes the smallest that needs no more tiles than the largest.
         num_stages: K = 128 blocks in flight.
         epilogue: "store" (BF16), "accumulate" (add to BF16) or "swiglu" (linear 1: gate, row weight, E4M3 per 32 channels).
@@ -52,10 +53,12 @@ class Fp4GemmConfig:
         largest, most = MAX_TOKEN_TILE[self.epilogue][self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES
         tiles = self.token_tiles
         is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
-        need(is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles", f"at most {most} ascending multiples of 8 up to {largest}", "use fewer sizes or fewer warpgroups")
+        need(is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles",
+             f"at most {most} ascending multiples of 8 up to {largest}", "use fewer sizes or fewer warpgroups")
         need(self.max_groups > 0 and self.max_groups & (self.max_groups - 1) == 0, "max_groups", "a power of two", "round it up")
         need(2 <= self.num_stages, "num_stages", "at least 2", "a ring needs two")
-        need(self.smem_bytes <= MAX_SMEM_BYTES, "num_stages", f"at most {self.fitting_stages} in {MAX_SMEM_BYTES} bytes", "use fewer stages")
+        need(self.smem_bytes <= MAX_SMEM_BYTES, "num_stages", f"at most {self.fitting_stages} in {MAX_SMEM_BYTES} bytes",
+             "use fewer stages")
 
     @property
     def tile_rows(self) -> int:
@@ -86,7 +89,8 @@ class Fp4GemmConfig:
         """Shared memory beside the stages: epilogue staging, values per token, group table. The kernel asserts that the sum is its own."""
         token_floats = 6 if self.epilogue == "swiglu" else 1
         per_token = STAGING_PITCH + 4 * token_floats
-        return _round_up(self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 16, 16) + TILE_RING_BYTES
+        num_bytes = self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 16
+        return _round_up(num_bytes, 16) + TILE_RING_BYTES
 
     @property
     def smem_bytes(self) -> int:

@@ -1,4 +1,7 @@
-"""Experts <-> state dict. The canonical form is stored, whatever layout the engine keeps, so a checkpoint moves between engines and GPUs."""
+"""Experts <-> state dict.
+
+The canonical form is stored, whatever layout the engine keeps, so a checkpoint moves between engines and GPUs.
+"""
 
 import torch
 

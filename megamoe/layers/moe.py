@@ -35,8 +35,8 @@ class MegaMoE(nn.Module):
     """Expert-parallel MoE layer: dispatch, gated expert MLPs, weighted combine.
 
     Construction is collective over the EP group: every rank passes the same arguments (a difference raises on all of them). Experts
-    [rank * e, (rank + 1) * e) live on `rank`. Calls are collective too: every rank calls the same layers in the same order, with any number of
-    tokens including zero.
+    [rank * e, (rank + 1) * e) live on `rank`. Calls are collective too: every rank calls the same layers in the same order, with any
+    number of tokens including zero.
 
     Args:
         cfg: what the layer computes.
@@ -208,10 +208,11 @@ class MegaMoE(nn.Module):
     def _check_inputs(self, x, x_sf, topk_idx, topk_weights) -> None:
         cfg = self.cfg
         check(self.engine.weights() is not None, OP, "experts", "loaded", "none", "call load_experts first")
-        check(x.dim() == 2 and x.shape[1] == cfg.hidden, OP, "shape of x", f"[T, {cfg.hidden}]", list(x.shape), "flatten batch and sequence")
+        check(x.dim() == 2 and x.shape[1] == cfg.hidden, OP, "shape of x", f"[T, {cfg.hidden}]", list(x.shape),
+              "flatten batch and sequence")
         num_tokens = x.shape[0]
-        check(num_tokens <= cfg.max_tokens_per_rank, OP, "number of tokens", f"<= max_tokens_per_rank = {cfg.max_tokens_per_rank}", num_tokens,
-              "split the batch or construct the layer with a larger max_tokens_per_rank")
+        check(num_tokens <= cfg.max_tokens_per_rank, OP, "number of tokens", f"<= max_tokens_per_rank = {cfg.max_tokens_per_rank}",
+              num_tokens, "split the batch or construct the layer with a larger max_tokens_per_rank")
         x_dtype = torch.float8_e4m3fn if x_sf is not None else torch.float32 if cfg.precision == "fp32" else torch.bfloat16
         fixes = "cast it" if x_sf is None else "quantize_tokens(x, group=32) gives the right form"
         expected = {"x": (x, x_dtype, [num_tokens, cfg.hidden]), "topk_idx": (topk_idx, torch.int64, [num_tokens, cfg.num_topk]),
@@ -222,7 +223,8 @@ class MegaMoE(nn.Module):
         for name, (tensor, dtype, shape) in expected.items():
             check(tensor.dtype == dtype, OP, f"dtype of {name}", dtype, tensor.dtype, fixes if name.startswith("x") else "cast it")
             check(list(tensor.shape) == shape, OP, f"shape of {name}", shape, list(tensor.shape), "pass one row per token")
-            check(tensor.device == self.device, OP, f"device of {name}", self.device, tensor.device, f"move it with .to({str(self.device)!r})")
+            check(tensor.device == self.device, OP, f"device of {name}", self.device, tensor.device,
+                  f"move it with .to({str(self.device)!r})")
             check(tensor.is_contiguous(), OP, f"layout of {name}", "contiguous", f"strides {tensor.stride()}", "call .contiguous()")
             check(not (torch.is_grad_enabled() and tensor.requires_grad), OP, f"requires_grad of {name}", False, True,
                   "training is not implemented yet: call under torch.no_grad() or detach")
@@ -232,8 +234,8 @@ class MegaMoE(nn.Module):
         if bad.numel():
             token, slot = bad[0].tolist()
             self._routing_error = (
-                f"{OP}: topk_idx must be in [-1, {self.cfg.num_experts}), got {int(topk_idx[token, slot])} on rank {self.arena.rank}, token {token}, "
-                f"slot {slot} ({bad.shape[0]} such slots were skipped); correct the router")
+                f"{OP}: topk_idx must be in [-1, {self.cfg.num_experts}), got {int(topk_idx[token, slot])} on rank {self.arena.rank}, "
+                f"token {token}, slot {slot} ({bad.shape[0]} such slots were skipped); correct the router")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

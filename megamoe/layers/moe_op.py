@@ -1,8 +1,8 @@
 """The registered operator behind MegaMoE.forward, so that torch.compile sees one opaque call with a known result.
 
-An operator cannot take a layer or a process group, so the layer passes a key into a process-local table. Calls are collective and must neither
-be reordered nor merged nor dropped by a compiler: the operator therefore declares that it mutates `num_calls`, one counter per arena, which
-chains all calls that share symmetric memory.
+An operator cannot take a layer or a process group, so the layer passes a key into a process-local table. Calls are collective and must
+neither be reordered nor merged nor dropped by a compiler: the operator therefore declares that it mutates `num_calls`, one counter per
+arena, which chains all calls that share symmetric memory.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from megamoe.kernels.library import library
 _layers: "weakref.WeakValueDictionary[str, object]" = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
-library.define("moe(Tensor x, Tensor? x_sf, Tensor topk_idx, Tensor topk_weights, Tensor(a!) expert_load, Tensor(b!) num_calls, str layer) -> Tensor")
+library.define("moe(Tensor x, Tensor? x_sf, Tensor topk_idx, Tensor topk_weights, Tensor(a!) expert_load, Tensor(b!) num_calls, "
+               "str layer) -> Tensor")
 
 
 def register(layer) -> str:

@@ -48,7 +48,8 @@ def test_edge_grid(rank_pool, backend):
 @needs_gpus
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_precisions(rank_pool, backend):
-    cases = [small_case(precision=precision, has_bias=True, swiglu_limit=2.0, nan_tokens=(1, 3), tokens=(9, 13)) for precision in PRECISIONS]
+    cases = [small_case(precision=precision, has_bias=True, swiglu_limit=2.0, nan_tokens=(1, 3), tokens=(9, 13))
+             for precision in PRECISIONS]
     rank_pool(2).run(run_on_gpu, cases, backend, timeout_s=100)
 
 
@@ -63,8 +64,8 @@ def test_model_shapes(rank_pool):
     cases = [
         full_size_case(num_ranks, hidden=7168, intermediate=3072, num_experts=4 * num_ranks, num_topk=6, swiglu_limit=10.0),
         full_size_case(num_ranks, hidden=7168, intermediate=2048, num_experts=4 * num_ranks, num_topk=8, precision="fp8xfp8"),
-        full_size_case(num_ranks, hidden=2880, intermediate=2880, num_experts=4 * num_ranks, num_topk=4, swiglu_alpha=1.702, swiglu_up_bias=1.0,
-                       swiglu_limit=7.0),
+        full_size_case(num_ranks, hidden=2880, intermediate=2880, num_experts=4 * num_ranks, num_topk=4, swiglu_alpha=1.702,
+                       swiglu_up_bias=1.0, swiglu_limit=7.0),
         full_size_case(num_ranks, hidden=2048, intermediate=768, num_experts=8 * num_ranks, num_topk=8, precision="bf16"),
     ]
     rank_pool(num_ranks).run(run_on_gpu, cases, "torch", timeout_s=280)
@@ -98,7 +99,8 @@ def test_a_stalled_rank_times_out_and_reset_recovers(rank_pool, backend):
 
 @needs_gpu
 def test_one_gpu_without_a_group():
-    case = LayerCase(cfg=MoEConfig(hidden=7168, intermediate=2048, num_experts=8, num_topk=8, max_tokens_per_rank=64), tokens_per_rank=(33,))
+    cfg = MoEConfig(hidden=7168, intermediate=2048, num_experts=8, num_topk=8, max_tokens_per_rank=64)
+    case = LayerCase(cfg=cfg, tokens_per_rank=(33,))
     layer = build_layer(case, 0, device="cuda")
     x, topk_idx, topk_weights = device_inputs(case, 0)
     assert_case_accepted(case, 0, layer(x, topk_idx, topk_weights), layer.engine.act_group)

@@ -15,19 +15,22 @@ CFG = MoEConfig(hidden=64, intermediate=32, num_experts=8, num_topk=2, max_token
 CASE = LayerCase(cfg=CFG, tokens_per_rank=(5, 7))
 BAD_INPUTS = {
     "too many tokens": (lambda x, i, w: (x.repeat(5, 1), i.repeat(5, 1), w.repeat(5, 1)),
-                        "MegaMoE: number of tokens must be <= max_tokens_per_rank = 16, got 25; split the batch or construct the layer with a "
-                        "larger max_tokens_per_rank"),
+                        "MegaMoE: number of tokens must be <= max_tokens_per_rank = 16, got 25; split the batch or construct the layer "
+                        "with a larger max_tokens_per_rank"),
     "dtype of x": (lambda x, i, w: (x.float(), i, w), "MegaMoE: dtype of x must be torch.bfloat16, got torch.float32; cast it"),
     "dtype of topk_idx": (lambda x, i, w: (x, i.int(), w), "MegaMoE: dtype of topk_idx must be torch.int64, got torch.int32; cast it"),
     "dtype of topk_weights": (lambda x, i, w: (x, i, w.bfloat16()),
                               "MegaMoE: dtype of topk_weights must be torch.float32, got torch.bfloat16; cast it"),
-    "width of x": (lambda x, i, w: (x[:, :32].contiguous(), i, w), "MegaMoE: shape of x must be [T, 64], got [5, 32]; flatten batch and sequence"),
+    "width of x": (lambda x, i, w: (x[:, :32].contiguous(), i, w),
+                   "MegaMoE: shape of x must be [T, 64], got [5, 32]; flatten batch and sequence"),
     "shape of topk_idx": (lambda x, i, w: (x, i[:4], w), "MegaMoE: shape of topk_idx must be [5, 2], got [4, 2]; pass one row per token"),
     "layout of x": (lambda x, i, w: (x.T.contiguous().T, i, w),
                     "MegaMoE: layout of x must be contiguous, got strides (1, 5); call .contiguous()"),
-    "device of topk_idx": (lambda x, i, w: (x, i.to("meta"), w), "MegaMoE: device of topk_idx must be cpu, got meta; move it with .to('cpu')"),
+    "device of topk_idx": (lambda x, i, w: (x, i.to("meta"), w),
+                           "MegaMoE: device of topk_idx must be cpu, got meta; move it with .to('cpu')"),
     "x requires grad": (lambda x, i, w: (x.requires_grad_(), i, w),
-                        "MegaMoE: requires_grad of x must be False, got True; training is not implemented yet: call under torch.no_grad() or detach"),
+                        "MegaMoE: requires_grad of x must be False, got True; training is not implemented yet: "
+                        "call under torch.no_grad() or detach"),
     "group of quantised x": (lambda x, i, w: (quantize_tokens(x, group=64), i, w),
                              "MegaMoE: shape of x_sf must be [5, 2], got [5, 1]; pass one row per token"),
 }
@@ -78,8 +81,8 @@ def run_bad_routing(rank: int, num_ranks: int, bad: int):
 def test_topk_idx_out_of_range(rank_pool, bad):
     (other, other_ok), (mine, mine_ok) = rank_pool(2).run(run_bad_routing, bad)
     assert other == ("", "") and other_ok, "the other rank finishes with the right result"
-    assert mine == ("ValueError", f"MegaMoE: topk_idx must be in [-1, 8), got {bad} on rank 1, token 3, slot 1 (1 such slots were skipped); "
-                                  "correct the router")
+    assert mine == ("ValueError", f"MegaMoE: topk_idx must be in [-1, 8), got {bad} on rank 1, token 3, slot 1 "
+                                  "(1 such slots were skipped); correct the router")
     assert mine_ok
 
 
@@ -111,7 +114,8 @@ def test_arena_budget_too_small(rank_pool):
 
 
 def test_an_engine_that_does_not_exist():
-    with pytest.raises(EngineUnavailableError, match=re.escape("MegaMoE: engine must be one of ('auto', 'reference'), got 'warp'; pass engine='auto'")):
+    message = "MegaMoE: engine must be one of ('auto', 'reference'), got 'warp'; pass engine='auto'"
+    with pytest.raises(EngineUnavailableError, match=re.escape(message)):
         MegaMoE(CFG, engine="warp")
 
 
@@ -168,8 +172,8 @@ def test_weights_are_checked_against_the_config():
     x, topk_idx, topk_weights = rank_inputs(LayerCase(cfg=CFG, tokens_per_rank=(5,)), 0)
     with pytest.raises(ValueError, match=re.escape("MegaMoE: experts must be loaded, got none; call load_experts first")):
         layer(x, topk_idx, topk_weights)
-    with pytest.raises(ValueError, match=re.escape("MegaMoE.load_experts: shape of gate_up must be (8, 64, 64), got (7, 64, 64); pass experts 0..7, "
-                                                   "the ones of rank 0")):
+    with pytest.raises(ValueError, match=re.escape("MegaMoE.load_experts: shape of gate_up must be (8, 64, 64), got (7, 64, 64); "
+                                                   "pass experts 0..7, the ones of rank 0")):
         layer.load_experts(torch.zeros(7, 64, 64), torch.zeros(8, 64, 32))
     with pytest.raises(FormatError):
         layer.load_experts(torch.full((8, 64, 64), torch.nan), torch.zeros(8, 64, 32))

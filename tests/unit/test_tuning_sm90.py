@@ -84,7 +84,10 @@ def test_prefill_takes_one_size(no_table):
 @pytest.mark.parametrize("num_groups", [1, 8, 32])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_sane_over_rows(no_table, num_groups, epilogue):
-    """Twice the rows never take less time, and never more than twice the time and a round; over many groups they take no more warpgroups."""
+    """Twice the rows never take less time, and never more than twice the time and a round.
+
+    Over many groups they take no more warpgroups.
+    """
     before = None
     for rows in [2**i for i in range(14)]:
         config = choose(7168, 3072, num_groups, rows, epilogue)
