@@ -15,7 +15,7 @@ export NVSHMEM_DISABLE_NVLS = 1
 ifeq ($(DEVICE),cuda)
 PYTHON := python3
 READY  :=
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready

@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass
 
 from megamoe.errors import check
 
-PRECISIONS = ("fp8xfp4", "fp8xfp8", "bf16", "fp32")
+FP8_PRECISIONS = ("fp8xfp4", "fp8xfp8")
+PRECISIONS = (*FP8_PRECISIONS, "bf16", "fp32")
+X_GROUP = 32  # channels per scale of the layer's input in the fp8 precisions
 SIZE_QUANTUM = 32
 MAX_TOPK = 32
 
@@ -63,6 +65,11 @@ class MoEConfig:
         check(self.num_experts % num_ranks == 0, "MoEConfig", "num_experts", f"divisible by the {num_ranks} ranks of the EP group",
               self.num_experts, "use a group whose size divides it")
         return self.num_experts // num_ranks
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether activations are E4M3 codes with scales."""
+        return self.precision in FP8_PRECISIONS
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

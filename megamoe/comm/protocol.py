@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from megamoe.config import FP8_PRECISIONS, PRECISIONS, X_GROUP
 from megamoe.errors import check
 
 LINE_WORDS = 16  # one signal word per 128-byte line: peers that write different words never share a line
-SF_GROUP = 32
-FP8 = ("fp8xfp4", "fp8xfp8")
-EVERY = (*FP8, "bf16", "fp32")
-_ROW_DTYPE = {**dict.fromkeys(FP8, torch.float8_e4m3fn), "bf16": torch.bfloat16, "fp32": torch.float32}
+EVERY = PRECISIONS
+_ROW_DTYPE = {**dict.fromkeys(FP8_PRECISIONS, torch.float8_e4m3fn), "bf16": torch.bfloat16, "fp32": torch.float32}
 _PARTIAL_DTYPE = {**dict.fromkeys(EVERY, torch.bfloat16), "fp32": torch.float32}
 _CPP_TYPE = {torch.int64: "megamoe::int64", torch.float32: "float", torch.uint8: "megamoe::uint8", torch.bfloat16: "megamoe::Bf16",
              torch.float8_e4m3fn: "megamoe::E4m3"}
@@ -38,7 +37,7 @@ class ArenaDims:
     def extent(self, symbol: str) -> int:
         """The size a symbol of the table stands for."""
         return {"W": self.num_ranks, "T": self.max_tokens, "K": self.num_topk, "H": self.hidden, "I": self.intermediate,
-                "H/32": -(-self.hidden // SF_GROUP), "I/32": -(-self.intermediate // SF_GROUP), "P": self.pool_rows,
+                "H/32": -(-self.hidden // X_GROUP), "I/32": -(-self.intermediate // X_GROUP), "P": self.pool_rows,
                 "LINE": LINE_WORDS, "1": 1}[symbol]
 
 
@@ -87,11 +86,12 @@ REGIONS: tuple[Region, ...] = (
     _inputs("topk_idx", ("T", "K"), "int64", "global expert per slot, -1 for none"),
     _inputs("topk_weights", ("T", "K"), "float32", "weight per slot"),
     _inputs("x", ("T", "H"), "row", "token rows, quantised in the fp8 precisions"),
-    _inputs("x_sf", ("T", "H/32"), "uint8", "UE8M0 scale per 32 channels of x", FP8),
+    _inputs("x_sf", ("T", "H/32"), "uint8", "UE8M0 scale per 32 channels of x", FP8_PRECISIONS),
     _pool("pool_x", ("P", "H"), "row", "ring of rows pulled for the local experts"),
-    _pool("pool_x_sf", ("P", "H/32"), "uint8", "scales of pool_x", FP8),
+    _pool("pool_x_sf", ("P", "H/32"), "uint8", "scales of pool_x", FP8_PRECISIONS),
     _pool("pool_a", ("P", "I"), "row", "ring of activated rows between the two linears"),
-    _pool("pool_a_sf", ("P", "I/32"), "uint8", "scales of pool_a, at most one per 32 channels", FP8),
+    _pool("pool_a_sf", ("P", "I/32"), "uint8", "scales of pool_a, at most one per 32 channels",
+          FP8_PRECISIONS),
     Region(name="partials", shape=("T", "K", "H"), dtype="partial", writer="the rank that owns the slot's expert", reader="owner",
            signal="combine_ready", resetter="the next call, after inputs_ready", purpose="one expert output per (token, slot)"),
 )

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from megamoe.comm import Arena
-from megamoe.config import MoEConfig
+from megamoe.config import X_GROUP, MoEConfig
 from megamoe.engines.base import Traffic
 from megamoe.formats import ExpertWeights, QuantizedTokens, quantize_tokens
 from megamoe.reference.expert_mlp import expert_mlp
 
 # Act group of the fp8 precisions: what fp8xfp8 prescribes, used for fp8xfp4 too.
 ACT_GROUP = 128
-X_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class ReferenceEngine:
         self.act_group = act_group
         self.traffic = Traffic()
         self._weights: ExpertWeights | None = None
-        self._is_fp8 = cfg.precision.startswith("fp8")
+        self._is_fp8 = cfg.is_fp8
         self._num_local_experts = cfg.num_local_experts(arena.num_ranks)
 
     def load(self, weights: ExpertWeights) -> None:

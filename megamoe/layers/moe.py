@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megamoe.comm import Arena, agree
-from megamoe.config import MoEConfig
+from megamoe.config import X_GROUP, MoEConfig
 from megamoe.engines import choose_engine, create_engine
 from megamoe.env import env
 from megamoe.errors import check
@@ -17,7 +17,6 @@ from megamoe.formats import ExpertWeights, QuantizedTokens
 from megamoe.layers import moe_op
 from megamoe.layers.expert_state import expert_weights_from_state, expert_weights_to_state
 
-X_GROUP = 32
 OP = "MegaMoE"
 
 
@@ -87,7 +86,7 @@ class MegaMoE(nn.Module):
     def inputs(self) -> InputViews:
         """Arena views for producers that write a call's inputs in place. They may be written between calls, never during one."""
         view = self.arena.view
-        return InputViews(view("x"), view("x_sf") if self._is_fp8 else None, view("topk_idx"), view("topk_weights"))
+        return InputViews(view("x"), view("x_sf") if self.cfg.is_fp8 else None, view("topk_idx"), view("topk_weights"))
 
     def load_experts(self, gate_up, down, gate_up_bias=None, down_bias=None) -> None:
         """Hand over this rank's experts, in canonical order (all gate rows, then all up rows). Local, not collective.
@@ -173,10 +172,6 @@ class MegaMoE(nn.Module):
                 f"act_group={self.engine.act_group}, backend={self.arena.backend}, rank={self.arena.rank}/{self.arena.num_ranks}, "
                 f"max_tokens_per_rank={cfg.max_tokens_per_rank}, arena={self.arena.num_bytes / 2**20:.1f} MiB")
 
-    @property
-    def _is_fp8(self) -> bool:
-        return self.cfg.precision.startswith("fp8")
-
     def _agree_on_layer(self, engine: str) -> None:
         """A shared arena fixes the sizes; everything else about the layer must match between ranks too."""
         error = None if self._owns_arena else self.arena.mismatch(self.cfg)
@@ -218,7 +213,7 @@ class MegaMoE(nn.Module):
         expected = {"x": (x, x_dtype, [num_tokens, cfg.hidden]), "topk_idx": (topk_idx, torch.int64, [num_tokens, cfg.num_topk]),
                     "topk_weights": (topk_weights, torch.float32, [num_tokens, cfg.num_topk])}
         if x_sf is not None:
-            check(self._is_fp8, OP, "x", f"a BF16 tensor for precision {cfg.precision}", "QuantizedTokens", "pass the tensor itself")
+            check(self.cfg.is_fp8, OP, "x", f"a BF16 tensor for precision {cfg.precision}", "QuantizedTokens", "pass the tensor itself")
             expected["x_sf"] = (x_sf, torch.uint8, [num_tokens, cfg.hidden // X_GROUP])
         for name, (tensor, dtype, shape) in expected.items():
             check(tensor.dtype == dtype, OP, f"dtype of {name}", dtype, tensor.dtype, fixes if name.startswith("x") else "cast it")

@@ -32,6 +32,7 @@ _SWIGLU_TILES: _Tiles = (
 TILES = {"store": _STORE_TILES, "accumulate": _STORE_TILES, "swiglu": _SWIGLU_TILES}
 CAPACITIES = (512, 256)  # of the group table, the first that costs no stage
 # us per K = 128 block of a tile, by math warpgroups and tokens, weights in L2 (H200, 2026-11-21): the whole card divided by 132 SMs.
+# 112 tokens with 3 warpgroups and 176 with 2 are fitted to whole launches.
 STAGE_US = {
     2: ((16, 0.248), (32, 0.260), (64, 0.314), (96, 0.378), (128, 0.449), (160, 0.515), (176, 0.545)),
     3: ((16, 0.323), (32, 0.348), (48, 0.385), (64, 0.419), (96, 0.514), (104, 0.540), (112, 0.590)),
