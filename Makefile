@@ -1,7 +1,8 @@
-# make demo [RANKS=2] [DEVICE=cpu|cuda] [BACKEND=auto]   the main job; make test; make check-kernels
+# make demo [RANKS=2] [DEVICE=cpu|cuda] [ENGINE=auto] [BACKEND=auto]   the main job; make test; make check-kernels
 # On a CPU machine each target makes its own virtual environment. With DEVICE=cuda the machine's own python3 is used as it is.
 RANKS   ?= 2
 DEVICE  ?= cpu
+ENGINE  ?= auto
 BACKEND ?= auto
 VENV    ?= .venv
 
@@ -25,7 +26,7 @@ endif
 
 demo: $(READY)
 	$(PYTHON) -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS) \
-	    launch/demo.py --device $(DEVICE) --backend $(BACKEND)
+	    launch/demo.py --device $(DEVICE) --engine $(ENGINE) --backend $(BACKEND)
 
 test: $(READY)
 	$(PYTHON) -m pytest tests

@@ -1,6 +1,6 @@
 """The main job: a trained Qwen3-MoE scores and continues held-out text, its stock experts against MegaMoE layers over all ranks.
 
-    torchrun --standalone --nproc-per-node 2 launch/demo.py [--device cpu|cuda] [--backend auto] [--text FILE] [--tokens N]
+    torchrun --standalone --nproc-per-node 2 launch/demo.py [--device cpu|cuda] [--engine auto] [--backend auto] [--text FILE] [--tokens N]
 
 Exit code of a rank: 0 PASS, 1 FAIL, 130 interrupted.
 """

@@ -33,8 +33,8 @@ class Comparison:
     layer_errors: list[tuple[float, float]]  # per MoE layer: median and maximum relative error against the FP64 oracle
     engine: str
     backend: str
-    rows_moved: int
-    bytes_moved: int
+    rows_moved: int | None  # None where the engine does not count
+    bytes_moved: int | None
     arena_bytes: int  # per rank
 
 
@@ -90,11 +90,15 @@ def comparison_table(comparisons: dict[str, Comparison]) -> str:
           for i in range(len(columns[0].layer_errors))),
         row("tokens/s, original", lambda c: f"{c.original.tokens_per_s:,.0f}"),
         row("tokens/s, replaced", lambda c: f"{c.replaced.tokens_per_s:,.0f}"),
-        row("token rows pulled from peers", lambda c: f"{c.rows_moved:,}"),
-        row("bytes moved between ranks", lambda c: f"{c.bytes_moved:,}"),
+        row("token rows pulled from peers", lambda c: _count(c.rows_moved)),
+        row("bytes moved between ranks", lambda c: _count(c.bytes_moved)),
         row("arena bytes per rank", lambda c: f"{c.arena_bytes:,}"),
     ]
     return table(["precision", *comparisons], rows)
+
+
+def _count(number: int | None) -> str:
+    return "not counted" if number is None else f"{number:,}"
 
 
 def verdict_lines(checks: list[Check]) -> list[str]:

@@ -118,8 +118,18 @@ def _choose_backend(requested: str, num_ranks: int, device: torch.device) -> str
 
 
 def _engines(device: torch.device) -> Rows:
+    """Every engine for fp8xfp4 layers, and the choice."""
+    rows = [(f"engine {name!r}", _engine_state(name, device)) for name in ENGINES]
     name, reason = choose_engine("auto", device, "fp8xfp4")
-    return [("engines", ", ".join(ENGINES)), ("engine 'auto'", f"{name}: {reason}")]
+    return [*rows, ("engine 'auto'", f"{name} for fp8xfp4: {reason}")]
+
+
+def _engine_state(name: str, device: torch.device) -> str:
+    try:
+        choose_engine(name, device, "fp8xfp4")
+    except EngineUnavailableError as error:
+        return str(error).removeprefix(f"MegaMoE: engine {name!r} ").removesuffix("; pass engine='auto'")
+    return f"available, transport {env.transport}" if name == "unfused" else "available"
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 _PREFIX = "MEGAMOE_"
+TRANSPORTS = ("auto", "arena", "nccl")
 
 
 def _expand(text: str) -> Path:
@@ -21,11 +22,13 @@ def _expand(text: str) -> Path:
 @dataclass(frozen=True)
 class Env:
     check: bool = False
-    """MEGAMOE_CHECK=1: raise routing errors before the call starts instead of after it."""
+    """MEGAMOE_CHECK=1: wait for each layer call and raise at once what the device reports, instead of at the next call."""
     cache_dir: Path = _expand("~/.cache/megamoe")
     """MEGAMOE_CACHE_DIR: where compiled kernels are kept."""
     shm_dir: Path = Path("/dev/shm")
     """MEGAMOE_SHM_DIR: the tmpfs in which CPU ranks create their arena."""
+    transport: str = "auto"
+    """MEGAMOE_TRANSPORT: how the unfused engine moves tokens: auto, arena (kernels over peer pointers) or nccl (all-to-all)."""
 
 
 def _parse(name: str, kind: type, text: str) -> object:
@@ -33,6 +36,10 @@ def _parse(name: str, kind: type, text: str) -> object:
         if text not in ("0", "1"):
             raise ValueError(f"env: {name} must be 0 or 1, got {text!r}; unset it or correct it")
         return text == "1"
+    if kind is str:
+        if text not in TRANSPORTS:
+            raise ValueError(f"env: {name} must be one of {', '.join(TRANSPORTS)}, got {text!r}; unset it or correct it")
+        return text
     return _expand(text)
 
 

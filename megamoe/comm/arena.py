@@ -1,7 +1,11 @@
 """Arena: the symmetric memory of one expert-parallel group, with typed views, signals that have deadlines, and collective life cycle.
 
-Where a region lies is the protocol's business, where the bytes come from the backend's.
+Where a region lies is the protocol's business, where the bytes come from the backend's. The calls of an arena are driven by the host
+(`Calls`) or by kernels (`DeviceCalls`): the first layer decides.
 """
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,11 +15,14 @@ from megamoe.comm.agreement import agree, rank_and_size
 from megamoe.comm.backends import Backend
 from megamoe.comm.budget import plan_dims
 from megamoe.comm.calls import Calls
+from megamoe.comm.device_calls import DeviceCalls
 from megamoe.comm.protocol import SIGNALS, ArenaDims, Layout, pack
 from megamoe.comm.signals import DeviceWords, HostWords
 from megamoe.comm.topology import Topology
 from megamoe.config import MoEConfig
-from megamoe.errors import EngineUnavailableError, check
+from megamoe.errors import EngineUnavailableError, PeerTimeoutError, check
+
+T = TypeVar("T")
 
 # A peer may have to run into a deadline of its own before it learns that a reset is due.
 _RESET_DEADLINES = 2
@@ -27,8 +34,9 @@ _SHARED_DIMS = {"hidden": "hidden", "intermediate": "intermediate", "num_experts
 class Arena(Calls):
     """One rank's end of the arena. Create it with `Arena.create`; share it between layers of the same shape.
 
-    Beside what `Calls` has: `peer_ptrs` are the addresses of every rank's memory as this rank loads and stores it; `num_calls` [] int64
-    counts calls on the device, since an operator that mutates it is neither reordered nor dropped by a compiler.
+    Beside what `Calls` has: `peer_ptrs` are the addresses of every rank's memory as this rank loads and stores it; `device_calls` is what
+    kernels drive the calls by, None where the host does; `num_calls` [] int64 on the CPU counts calls, since an operator that mutates it is
+    neither reordered nor dropped by a compiler.
     """
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup | None, layout: Layout, memory: Backend, device: torch.device,
@@ -38,7 +46,11 @@ class Arena(Calls):
         super().__init__(words(layout, arenas, topology.rank), topology.rank, topology.num_ranks, timeout_s)
         self.topology, self.group, self.layout, self.device = topology, group, layout, device
         self.backend, self.peer_ptrs, self._memory = memory.name, memory.peer_ptrs, memory
-        self.num_calls = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_calls = torch.zeros((), dtype=torch.int64)
+        self.device_calls: DeviceCalls | None = None
+        self._reported: PeerTimeoutError | None = None  # by the device, not raised yet
+        self._driver: str | None = None
+        self._shared: dict[str, object] = {}
 
     @classmethod
     def create(cls, cfg: MoEConfig, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu", backend: str = "auto",
@@ -106,6 +118,77 @@ class Arena(Calls):
         self._check_open()
         return self.layout.view(name, self._memory.peer(rank))
 
+    @property
+    def own_bytes(self) -> torch.Tensor:
+        """[num_bytes] uint8: this rank's memory. Raises ArenaError once the arena is closed."""
+        self._check_open()
+        return self._memory.peer(self.rank)
+
+    def claim(self, driver: str) -> None:
+        """Say who drives the calls: "host" or "device". Raises ValueError if a layer that shares this arena has said otherwise."""
+        check(self._driver in (None, driver), "Arena", "the driver of its calls", f"the {self._driver}, as its first layer has it",
+              f"the {driver}", "create the layer with an arena of its own")
+        self._driver = driver
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What all layers on this arena use in turn, made by the first one; lives until the arena is closed."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
+
+    def drive_by_device(self) -> DeviceCalls:
+        """Let kernels drive the calls from now on. Raises ValueError if a layer that shares this arena lets the host do it."""
+        self.claim("device")
+        if self.device_calls is None:
+            self.device_calls = DeviceCalls(self.device, self.rank, self.num_ranks, self.timeout_s)
+        return self.device_calls
+
+    def begin_call(self) -> None:
+        """Start the next call on this rank.
+
+        Raises:
+            PeerTimeoutError: the device has reported that the arena needs a reset.
+            RuntimeError: the last call left it so, which has been raised before.
+        """
+        if self.device_calls is not None and self._failure is None:
+            self._read_report()
+            if self._failure is not None:
+                raise self.take_failure()
+        super().begin_call()
+
+    def note_published(self) -> None:
+        """Peers may read this rank's inputs of the current call from now on. For calls that the device drives."""
+        self._published_epoch = self.epoch
+
+    def fail_call(self, error: BaseException) -> None:
+        if self.device_calls is not None:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return  # nothing has run, so no peer waits
+            # Replays of a graph raise the epoch without the host.
+            has_published = self._published_epoch == self.epoch
+            self.epoch = self.device_calls.epoch()
+            self._published_epoch = self.epoch
+            if not has_published:
+                self.device_calls.advance()
+                self.epoch += 1
+        super().fail_call(error)
+
+    def take_failure(self) -> PeerTimeoutError | None:
+        """What kernels have reported about a peer, None if there is nothing. A refused call is told once, anything else until `reset`.
+
+        Sync: none, so a call that still runs has reported nothing.
+        """
+        self._read_report()
+        error, self._reported = self._reported, None
+        return error
+
+    def _read_report(self) -> None:
+        failure = self.device_calls.failure() if self._reported is None else None
+        if failure is not None:
+            self._reported = failure.error(self.rank, self.timeout_s)
+            if not failure.is_refusal:
+                self._failure = str(self._reported)
+
     def reset(self) -> None:
         """Make the arena usable again after a PeerTimeoutError or an abort: zero all signals and the epoch.
 
@@ -120,6 +203,10 @@ class Arena(Calls):
                 if signal != "reset":
                     self.view(signal).zero_()
             self._start_over()
+            self._reported = None
+            if self.device_calls is not None:
+                self.device_calls.start_over()
+                self._synchronize()  # before a peer may post the first word of the next call
             self._num_reset_steps += 1
         self._meet_for_reset()  # every rank has zeroed its words, so new ones are not lost
         self._num_reset_steps += 1
@@ -129,6 +216,9 @@ class Arena(Calls):
         """Give the memory back. Idempotent. Sync: collective; views must not be used afterwards."""
         if self._words is not None:
             self._words = None
+            self._shared.clear()
+            if self.device_calls is not None:
+                self._synchronize()  # calls that are still under way use the memory
             self._memory.close()
 
     def __enter__(self) -> "Arena":
@@ -142,9 +232,12 @@ class Arena(Calls):
         return f"Arena({self.backend}, rank {self.rank} of {self.num_ranks}, {self.device}, {state})"
 
     def _meet_for_reset(self) -> None:
+        self._synchronize()
+        self._meet("reset", self._num_reset_steps + 1, _RESET_DEADLINES * self.timeout_s)
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._meet("reset", self._num_reset_steps + 1, _RESET_DEADLINES * self.timeout_s)
 
 
 def _resolve_device(device: torch.device | str) -> torch.device:

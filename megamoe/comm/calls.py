@@ -118,8 +118,7 @@ class Calls:
             got = self._words.poll(signal, peer)
             if signal != "reset":  # a peer that has joined may have cleared its abort words already
                 self.post_abort(AbortReason.PEER_TIMEOUT, peer)
-            self._fail(f"rank {self.rank}: no {signal} from rank {peer} within {deadline_s:.1f} s in {phase} (expected epoch {value}, got "
-                       f"{got}); rank {peer} is silent: see its log, then restart it or call reset() on every rank", peer, phase)
+            self._fail(describe_timeout(self.rank, signal, peer, deadline_s, phase, value, got), peer, phase)
 
     def _raise_if_aborted(self, phase: str) -> None:
         for peer in range(self.num_ranks):
@@ -134,3 +133,9 @@ class Calls:
     def _fail(self, text: str, peer: int, phase: str) -> None:
         self._failure = text
         raise PeerTimeoutError(text, peer=peer, phase=phase)
+
+
+def describe_timeout(rank: int, signal: str, peer: int, deadline_s: float, phase: str, expected: int, got: int) -> str:
+    """The message for `rank`, which waited in `phase` for `peer` to raise `signal` to the epoch `expected`."""
+    return (f"rank {rank}: no {signal} from rank {peer} within {deadline_s:.1f} s in {phase} (expected epoch {expected}, got {got}); rank "
+            f"{peer} is silent: see its log, then restart it or call reset() on every rank")

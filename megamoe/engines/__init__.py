@@ -2,10 +2,11 @@
 
 from megamoe.engines.base import ENGINES, Engine, Traffic, choose_engine
 from megamoe.engines.reference import ReferenceEngine
+from megamoe.engines.unfused import UnfusedEngine
 
-__all__ = ["ENGINES", "Engine", "ReferenceEngine", "Traffic", "choose_engine", "create_engine"]
+__all__ = ["ENGINES", "Engine", "ReferenceEngine", "Traffic", "UnfusedEngine", "choose_engine", "create_engine"]
 
-_CLASSES = {"reference": ReferenceEngine}
+_CLASSES = {"reference": ReferenceEngine, "unfused": UnfusedEngine}
 
 
 def create_engine(name: str, cfg, arena) -> Engine:

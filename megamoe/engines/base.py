@@ -8,7 +8,8 @@ import torch
 from megamoe.errors import EngineUnavailableError
 from megamoe.formats import ExpertWeights
 
-ENGINES = ("reference",)
+ENGINES = ("reference", "unfused")
+_HOPPER = (9, 0)
 
 
 @dataclass
@@ -21,17 +22,24 @@ class Traffic:
 
 
 class Engine(Protocol):
-    """Computes one MoE layer for the experts it was given. `forward` is collective over the EP group of the arena."""
+    """Computes one MoE layer for the experts it was given. `forward` is collective over the EP group of the arena.
+
+    `is_synchronous`: when `forward` returns, the result is there and every error has been raised. Otherwise `forward` only enqueues work,
+    and what kernels find wrong is reported through `Arena.device_calls`. `traffic` is None in an engine that does not count.
+    """
 
     name: str
     act_group: int | str
     is_synchronous: bool
-    traffic: Traffic
+    traffic: Traffic | None
+
+    @property
+    def is_loaded(self) -> bool: ...
 
     def load(self, weights: ExpertWeights) -> None: ...
 
     def weights(self) -> ExpertWeights | None:
-        """The experts in canonical form, None before `load`."""
+        """The experts in canonical form, None before `load`. May be made anew by each call."""
 
     def forward(self, x: torch.Tensor, x_sf: torch.Tensor | None, topk_idx: torch.Tensor, topk_weights: torch.Tensor,
                 expert_load: torch.Tensor) -> torch.Tensor: ...
@@ -39,8 +47,21 @@ class Engine(Protocol):
 
 def choose_engine(requested: str, device: torch.device | str, precision: str) -> tuple[str, str]:
     """Return (engine, reason) for `requested`. Raises EngineUnavailableError for one that cannot run here."""
-    if requested in ENGINES:
-        return requested, "requested"
+    if requested not in ("auto", *ENGINES):
+        raise EngineUnavailableError(f"MegaMoE: engine must be one of {('auto', *ENGINES)}, got {requested!r}; pass engine='auto'")
+    obstacle = why_not_unfused(torch.device(device), precision)
     if requested == "auto":
-        return "reference", f"the only engine for {precision} on {torch.device(device).type} so far"
-    raise EngineUnavailableError(f"MegaMoE: engine must be one of {('auto', *ENGINES)}, got {requested!r}; pass engine='auto'")
+        return ("unfused", "the fastest one here") if obstacle is None else ("reference", f"unfused {obstacle}")
+    if requested == "unfused" and obstacle is not None:
+        raise EngineUnavailableError(f"MegaMoE: engine 'unfused' cannot run here: it {obstacle}; pass engine='auto'")
+    return requested, "requested"
+
+
+def why_not_unfused(device: torch.device, precision: str) -> str | None:
+    """What the unfused engine wants that is not there, None if it can run."""
+    if precision != "fp8xfp4":
+        return f"computes fp8xfp4, not {precision}"
+    if device.type != "cuda":
+        return f"needs a Hopper GPU, not device {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability == _HOPPER else "needs a Hopper GPU, not sm_{}{}".format(*capability)

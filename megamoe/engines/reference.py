@@ -43,6 +43,7 @@ class ReferenceEngine:
     is_synchronous = True
 
     def __init__(self, cfg: MoEConfig, arena: Arena, act_group: int | str = ACT_GROUP):
+        arena.claim("host")
         self.cfg = cfg
         self.arena = arena
         self.act_group = act_group
@@ -50,6 +51,10 @@ class ReferenceEngine:
         self._weights: ExpertWeights | None = None
         self._is_fp8 = cfg.is_fp8
         self._num_local_experts = cfg.num_local_experts(arena.num_ranks)
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._weights is not None
 
     def load(self, weights: ExpertWeights) -> None:
         self._weights = weights.to_precision(self.cfg.precision).to(self.arena.device)

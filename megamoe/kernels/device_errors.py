@@ -11,13 +11,15 @@ import torch
 
 from megamoe.kernels.launch import params_struct
 
-OPS = ("grouped_gemm", "grouped_gemm_swiglu")
+OPS = ("grouped_gemm", "grouped_gemm_swiglu", "permute_tokens", "unpermute_tokens")
 # In the order of enum GroupingError: op and the offender's index and value -> the message.
 KINDS = (
     "{op}: expert_idx[{index}] must be in [-1, G), got {value}; -1 marks a padding row",
     "{op}: expert_idx[{index}] must be next to the other rows of its group, got group {value} again; sort the rows by group",
     "{op}: offsets[{index}] must be non-decreasing from 0 to at most M, got {value}; pass the cumulative row counts",
     "{op}: num_rows[{index}] must be in [0, Mmax], got {value}; a group has at most Mmax rows",
+    "{op}: index[{index}] must be in [-1, M), got {value}; -1 gives a row of zeros",
+    "{op}: index.flatten()[{index}] must be in [-1, R), got {value}; -1 skips a slot",
 )
 
 DeviceErrors = params_struct("DeviceErrors", [("first", ctypes.c_void_p), ("flags", ctypes.c_void_p)])

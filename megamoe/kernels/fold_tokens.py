@@ -7,11 +7,13 @@ import torch
 from megamoe.errors import check
 from megamoe.formats import QuantizedTokens
 from megamoe.kernels import jit
+from megamoe.kernels.fp4_gemm import num_sms
 from megamoe.kernels.launch import params_struct
 
 OP = "fold_tokens"
 ENTRY = "fold_tokens"
 _WARPS = 8
+_BLOCKS_PER_SM = 8
 
 _u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
 FoldTokensParams = params_struct("FoldTokensParams", [
@@ -31,12 +33,13 @@ def source() -> str:
     ])
 
 
-def fold_tokens(x: QuantizedTokens, bounds: torch.Tensor | None = None) -> QuantizedTokens:
+def fold_tokens(x: QuantizedTokens, bounds: torch.Tensor | None = None, out: QuantizedTokens | None = None) -> QuantizedTokens:
     """Give each token one scale, the largest of its groups; codes are shifted, rounded to nearest even.
 
     Args:
         x: [R, K] contiguous on a CUDA device with group 32, 64, 96 or 128, K a multiple of 16; group "token" is returned as it is.
         bounds: [G, 2] int32 from `group_bounds` for rows in groups of R / G: only rows inside are folded, the others are undefined.
+        out: of x's shape with group "token", written and returned; its codes may be those of x. None: new tensors.
 
     Returns:
         QuantizedTokens with group "token". Values change by bits below 2^-9 of the token's scale only; NaN stays NaN.
@@ -48,13 +51,17 @@ def fold_tokens(x: QuantizedTokens, bounds: torch.Tensor | None = None) -> Quant
     num_rows, num_channels = x.shape
     is_aligned = x.codes.data_ptr() % 16 == 0 and num_channels % 16 == 0
     check(is_aligned, OP, "rows of codes", "at multiples of 16 bytes", [x.codes.data_ptr() % 16, num_channels], "copy them with .clone()")
-    folded, token_sf = torch.empty_like(x.codes), x.sf.new_empty(num_rows, 1)
+    if out is None:
+        out = QuantizedTokens(torch.empty_like(x.codes), x.sf.new_empty(num_rows, 1), "token")
+    check(out.shape == x.shape and out.group == "token", OP, "out", f"{list(x.shape)} with group 'token'",
+          f"{list(out.shape)} with group {out.group!r}", "allocate it as x")
     if num_rows:
         device = x.device.index
         params = FoldTokensParams.allocate(
-            codes=x.codes.data_ptr(), sf=x.sf.data_ptr(), folded=folded.data_ptr(), token_sf=token_sf.data_ptr(),
+            codes=x.codes.data_ptr(), sf=x.sf.data_ptr(), folded=out.codes.data_ptr(), token_sf=out.sf.data_ptr(),
             bounds=0 if bounds is None else bounds.data_ptr(), num_rows=num_rows, num_channels=num_channels, num_sf=x.sf.shape[1],
             channels_per_sf=x.group, group_stride=0 if bounds is None else num_rows // len(bounds))
         kernel = jit.build(OP, None, source, ENTRY, device)
-        kernel.launch(-(-num_rows // _WARPS), 32 * _WARPS, 0, params, torch.cuda.current_stream(device).cuda_stream)
-    return QuantizedTokens(folded, token_sf, "token")
+        grid = min(-(-num_rows // _WARPS), _BLOCKS_PER_SM * num_sms(device))
+        kernel.launch(grid, 32 * _WARPS, 0, params, torch.cuda.current_stream(device).cuda_stream)
+    return out

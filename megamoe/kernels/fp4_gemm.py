@@ -15,7 +15,7 @@ from megamoe.kernels import jit
 from megamoe.kernels.codegen import emit_struct
 from megamoe.kernels.driver import TensorMap
 from megamoe.kernels.fp4_gemm_config import (
-    BLOCK_K, MAX_DOUBLE_BUFFERED, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig,
+    BLOCK_K, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig, largest_workspace_bytes,
 )
 from megamoe.kernels.launch import Params, params_struct, tensor_map_2d
 from megamoe.kernels.wgmma_source import wgmma_e5m2_e4m3
@@ -30,8 +30,9 @@ Grouping = params_struct("Grouping", [
 ])
 Fp4GemmParams = params_struct("Fp4GemmParams", [
     ("x_maps", TensorMap * MAX_TOKEN_TILE_SIZES), ("w_blocks", _pointer), ("w_row_base", _pointer), ("x_sf", _pointer), ("out", _pointer),
-    ("grouping", Grouping), ("n", _u32), ("num_row_blocks", _u32), ("num_k_blocks", _u32), ("workspace", _pointer), ("bias", _pointer),
-    ("row_weight", _pointer), ("a_codes", _pointer), ("a_sf", _pointer), ("limit", _f32), ("alpha", _f32), ("up_bias", _f32),
+    ("row_dst", _pointer), ("grouping", Grouping), ("n", _u32), ("num_row_blocks", _u32), ("num_k_blocks", _u32), ("workspace", _pointer),
+    ("bias", _pointer), ("row_weight", _pointer), ("a_codes", _pointer), ("a_sf", _pointer), ("limit", _f32), ("alpha", _f32),
+    ("up_bias", _f32),
 ])
 
 # Parameters by everything that they are made of: allocators hand out the same addresses again and again.
@@ -64,15 +65,17 @@ def _constants(config: Fp4GemmConfig) -> dict[str, int | bool]:
     return {
         "math_warpgroups": config.num_math_warpgroups, "threads": config.num_threads, "math_registers": config.math_registers,
         "aux_registers": config.aux_registers, "stages": config.num_stages, "max_groups": config.max_groups,
-        "max_double_buffered": MAX_DOUBLE_BUFFERED[config.num_math_warpgroups], "swiglu": config.epilogue == "swiglu",
-        "accumulate": config.epilogue == "accumulate",
+        "max_double_buffered": config.max_double_buffered, "swiglu": config.epilogue == "swiglu",
+        "accumulate": config.epilogue == "accumulate", "has_bias": config.has_bias, "scatter": config.scatter,
+        "loads_ahead": config.loads_ahead,
     }
 
 
 def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: Fp4GemmConfig, *, offsets: torch.Tensor | None = None,
              bounds: torch.Tensor | None = None, counts: torch.Tensor | None = None, out: torch.Tensor | None = None,
-             a_codes: torch.Tensor | None = None, a_sf: torch.Tensor | None = None, bias: torch.Tensor | None = None,
-             row_weight: torch.Tensor | None = None, limit: float = math.inf, alpha: float = 1.0, up_bias: float = 0.0) -> None:
+             row_dst: torch.Tensor | None = None, a_codes: torch.Tensor | None = None, a_sf: torch.Tensor | None = None,
+             bias: torch.Tensor | None = None, row_weight: torch.Tensor | None = None, limit: float = math.inf, alpha: float = 1.0,
+             up_bias: float = 0.0, workspace: torch.Tensor | None = None) -> None:
     """Launch the kernel on the current stream; nothing for zero rows or groups. At most one of offsets, bounds and counts; none: one group.
 
     Args:
@@ -82,22 +85,27 @@ def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: 
         offsets: [G+1] int32. bounds: [G, 2] int32, first and one past the last row. counts: [G] int32, groups R / G rows apart. What leads
             out of x is cut off, and rows of no group leave their outputs alone.
         out: [R, N] bfloat16: store, accumulate.
+        row_dst: [R] int64, in place of `out` for a config that scatters: row r goes to the N BF16 values at address row_dst[r], a multiple
+            of 16, which may be the memory of another GPU. The caller vouches for the addresses.
         a_codes, a_sf: [R, I] float8_e4m3fn and [R, I/32] uint8: swiglu.
-        bias: [G, N] float32 in kernel row order. row_weight: [R] float32. limit, alpha, up_bias: as `reference.swiglu` has them; alpha = 1
+        bias: [G, N] float32 in kernel row order, given exactly with config.has_bias or swiglu. row_weight: [R] float32, multiplies the
+            bias (store, accumulate) or the activated row (swiglu). limit, alpha, up_bias: as `reference.swiglu` has them; alpha = 1
             with up_bias = 0 is SiLU.
+        workspace: `allocate_workspace(device)`, for launches that follow each other, whatever their configs. None: one per stream.
 
     Raises:
         ValueError: an operand does not fit.
 
     Sync: stream-ordered, no host sync; capture-safe once the kernel is loaded.
     """
-    tensors = (codes, sf, weight.blocks, weight.row_base, offsets, bounds, counts, out, a_codes, a_sf, bias, row_weight)
+    tensors = (codes, sf, weight.blocks, weight.row_base, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias, row_weight)
     if not codes.shape[0] or not weight.shape[0]:
         return
     device = codes.device.index
     kernel = jit.build(OP, config, lambda: source(config), ENTRY, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    workspace = _workspace(device, stream, config.workspace_bytes(num_sms(device)))
+    if workspace is None:
+        workspace = _workspace(device, stream, config.workspace_bytes(num_sms(device)))
     key = (kernel, workspace.data_ptr(), weight.shape, limit, alpha, up_bias,
            *[t if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors])
     params = _launches.get(key)
@@ -115,23 +123,32 @@ def _workspace(device: int, stream: int, num_bytes: int) -> torch.Tensor:
     is_capturing = torch.cuda.is_current_stream_capturing()
     found = None if is_capturing else _workspaces.get((device, stream))
     if found is None or found.nbytes < num_bytes:
-        found = torch.empty(num_bytes, dtype=torch.uint8, device=torch.device("cuda", device))
-        found[: FLAG_BYTES * num_sms(device)] = 0
+        found = allocate_workspace(device, num_bytes)
         # A graph has its own, which every replay zeroes: it may run beside the stream it was captured on.
         if not is_capturing:
             _workspaces[device, stream] = found
     return found
 
 
-def _params(weight, config, workspace, limit, alpha, up_bias, codes, sf, blocks, row_base, offsets, bounds, counts, out, a_codes, a_sf,
-            bias, row_weight) -> Params:
+def allocate_workspace(device: int, num_bytes: int | None = None) -> torch.Tensor:
+    """A workspace of `num_bytes`, None: enough for every config, with its flags zeroed."""
+    blocks = num_sms(device)
+    num_bytes = largest_workspace_bytes(blocks) if num_bytes is None else num_bytes
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=torch.device("cuda", device))
+    workspace[: FLAG_BYTES * blocks] = 0
+    return workspace
+
+
+def _params(weight, config, workspace, limit, alpha, up_bias, codes, sf, blocks, row_base, offsets, bounds, counts, out, row_dst,
+            a_codes, a_sf, bias, row_weight) -> Params:
     num_rows, num_groups = codes.shape[0], weight.shape[0]
     grouping = Grouping(_address(offsets), _address(bounds), _address(counts), num_groups=num_groups, num_rows=num_rows,
                         group_stride=num_rows // num_groups)
     params = Fp4GemmParams.allocate(
-        w_blocks=_address(blocks), w_row_base=_address(row_base), x_sf=_address(sf), out=_address(out), grouping=grouping,
-        n=weight.shape[1], num_row_blocks=blocks.shape[1], num_k_blocks=blocks.shape[2], workspace=_address(workspace), bias=_address(bias),
-        row_weight=_address(row_weight), a_codes=_address(a_codes), a_sf=_address(a_sf), limit=limit, alpha=alpha, up_bias=up_bias)
+        w_blocks=_address(blocks), w_row_base=_address(row_base), x_sf=_address(sf), out=_address(out),
+        row_dst=_address(row_dst), grouping=grouping, n=weight.shape[1], num_row_blocks=blocks.shape[1], num_k_blocks=blocks.shape[2],
+        workspace=_address(workspace), bias=_address(bias), row_weight=_address(row_weight), a_codes=_address(a_codes), a_sf=_address(a_sf),
+        limit=limit, alpha=alpha, up_bias=up_bias)
     for i, tokens in enumerate(config.token_tiles):
         params.x_maps[i] = tensor_map_2d(codes, tokens, BLOCK_K)
     return params
@@ -146,7 +163,7 @@ def num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check(weight, config, codes, sf, blocks, row_base, offsets, bounds, counts, out, a_codes, a_sf, bias, row_weight) -> None:
+def _check(weight, config, codes, sf, blocks, row_base, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias, row_weight) -> None:
     """Raise ValueError unless every operand is what the kernel assumes."""
     num_rows, (num_groups, n, k) = codes.shape[0], weight.shape
     is_swiglu = config.epilogue == "swiglu"
@@ -156,6 +173,8 @@ def _check(weight, config, codes, sf, blocks, row_base, offsets, bounds, counts,
     holds_groups = config.max_groups >= num_groups
     check(holds_groups, OP, "config.max_groups", f"at least {num_groups}", config.max_groups, "round G up to a power of two")
     check(weight.interleaved == is_swiglu, OP, "weight.interleaved", is_swiglu, weight.interleaved, "pack the weight for this epilogue")
+    fits_bias = is_swiglu or config.has_bias == (bias is not None)
+    check(fits_bias, OP, "bias", "given" if config.has_bias else "None", None if bias is None else "a tensor", "see config.has_bias")
     step = 64 if is_swiglu else 32
     check(n % step == 0, OP, "N", f"a multiple of {step}", n, "pad the weight with zeros")
     i32, f32, u8, e4m3 = torch.int32, torch.float32, torch.uint8, torch.float8_e4m3fn
@@ -165,7 +184,8 @@ def _check(weight, config, codes, sf, blocks, row_base, offsets, bounds, counts,
         ("weight.blocks", blocks, [*unit_shape, blocks.shape[-1]], u8, True),
         ("weight.row_base", row_base, [num_groups, 64 * unit_shape[1]], u8, True),
         ("offsets", offsets, [num_groups + 1], i32, False), ("bounds", bounds, [num_groups, 2], i32, False),
-        ("counts", counts, [num_groups], i32, False), ("out", out, [num_rows, n], torch.bfloat16, not is_swiglu),
+        ("counts", counts, [num_groups], i32, False), ("out", out, [num_rows, n], torch.bfloat16, not is_swiglu and not config.scatter),
+        ("row_dst", row_dst, [num_rows], torch.int64, config.scatter),
         ("a_codes", a_codes, [num_rows, n // 2], e4m3, is_swiglu), ("a_sf", a_sf, [num_rows, n // 64], u8, is_swiglu),
         ("bias", bias, [num_groups, n], f32, False), ("row_weight", row_weight, [num_rows], f32, False),
     )

@@ -1,6 +1,6 @@
 """Fp4GemmConfig: the static facts of one compiled fp4_gemm, and which of them are legal on sm_90a. Pure: no torch, no CUDA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe.errors import check
 
@@ -16,6 +16,9 @@ TILE_RING_BYTES = 4 * (48 + 16)
 REGISTERS = {2: (232, 40), 3: (152, 56), 4: (104, 56)}
 # Largest token tile that leaves registers for two expanded fragments, by number of warpgroups; larger ones expand and multiply in turns.
 MAX_DOUBLE_BUFFERED = {2: 176, 3: 104, 4: 48}
+MAX_DOUBLE_BUFFERED_WITH_BIAS = {2: 176, 3: 96, 4: 48}
+# Largest token tile with registers for the packed weights of a block ahead, by epilogue, with two warpgroups; more do not gain from it.
+LOADS_AHEAD = {"store": 160, "accumulate": 160, "swiglu": 128}
 # Largest token tile per epilogue that compiles without a spill (nvcc 13.0): two sets of sums, the fragments, the epilogue.
 _STORE_TILE = {2: 176, 3: 112, 4: 48}
 MAX_TOKEN_TILE = {"store": _STORE_TILE, "accumulate": _STORE_TILE, "swiglu": {2: 168, 3: 88, 4: 40}}
@@ -33,6 +36,8 @@ class Fp4GemmConfig:
         num_stages: K = 128 blocks in flight.
         epilogue: "store" (BF16), "accumulate" (add to BF16) or "swiglu" (linear 1: gate, row weight, E4M3 per 32 channels).
         max_groups: capacity of the group table, a power of two.
+        has_bias: "store" and "accumulate" add bias times row weight; "swiglu" always takes a bias.
+        scatter: "store" writes each row where an address says instead of to one tensor.
 
     Raises:
         ValueError: an argument is out of range, or shared memory does not hold the stages.
@@ -43,6 +48,8 @@ class Fp4GemmConfig:
     num_stages: int
     epilogue: str = "store"
     max_groups: int = 1
+    has_bias: bool = False
+    scatter: bool = False
 
     def __post_init__(self):
         def need(ok: bool, what: str, expected: object, fix: str) -> None:
@@ -50,6 +57,8 @@ class Fp4GemmConfig:
 
         need(self.num_math_warpgroups in REGISTERS, "num_math_warpgroups", f"one of {tuple(REGISTERS)}", "see REGISTERS")
         need(self.epilogue in EPILOGUES, "epilogue", f"one of {EPILOGUES}", "pick one of them")
+        need(not self.has_bias or self.epilogue != "swiglu", "has_bias", "False for swiglu", "it takes a bias as it is")
+        need(not self.scatter or self.epilogue == "store", "scatter", "False unless the epilogue is store", "accumulate into a tensor")
         largest, most = MAX_TOKEN_TILE[self.epilogue][self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES
         tiles = self.token_tiles
         is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
@@ -77,6 +86,15 @@ class Fp4GemmConfig:
         return REGISTERS[self.num_math_warpgroups][1]
 
     @property
+    def loads_ahead(self) -> bool:
+        return self.num_math_warpgroups == 2 and self.max_token_tile <= LOADS_AHEAD[self.epilogue]
+
+    @property
+    def max_double_buffered(self) -> int:
+        """Largest token tile that expands into two fragments."""
+        return (MAX_DOUBLE_BUFFERED_WITH_BIAS if self.has_bias else MAX_DOUBLE_BUFFERED)[self.num_math_warpgroups]
+
+    @property
     def max_token_tile(self) -> int:
         return self.token_tiles[-1]
 
@@ -87,7 +105,7 @@ class Fp4GemmConfig:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory beside the stages: epilogue staging, values per token, group table. The kernel asserts that the sum is its own."""
-        token_floats = 6 if self.epilogue == "swiglu" else 1
+        token_floats = 6 if self.epilogue == "swiglu" else 2 if self.has_bias else 1
         per_token = STAGING_PITCH + 4 * token_floats
         num_bytes = self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 16
         return _round_up(num_bytes, 16) + TILE_RING_BYTES
@@ -101,9 +119,20 @@ class Fp4GemmConfig:
         warpgroup. Its flags are zeroed once, whichever configs use it."""
         return num_blocks * (4 * 4 + self.num_math_warpgroups * self.max_token_tile // 2 * 128 * 4)
 
+    def with_output(self, *, has_bias: bool = False, scatter: bool = False) -> "Fp4GemmConfig":
+        """The same config with these options, and fewer stages where shared memory wants it."""
+        changed = replace(self, has_bias=has_bias, scatter=scatter, num_stages=2)
+        return replace(changed, num_stages=min(self.num_stages, changed.fitting_stages))
+
     @property
     def fitting_stages(self) -> int:
         return (MAX_SMEM_BYTES - self.fixed_bytes) // (self.stage_bytes + 16)
+
+
+def largest_workspace_bytes(num_blocks: int) -> int:
+    """What every legal config can work with."""
+    per_block = max(warpgroups * tile for tiles in MAX_TOKEN_TILE.values() for warpgroups, tile in tiles.items())
+    return num_blocks * (4 * 4 + per_block // 2 * 128 * 4)
 
 
 def _round_up(a: int, b: int) -> int:

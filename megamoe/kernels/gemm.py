@@ -27,7 +27,7 @@ def gemm(
         w: [N, K] FP4Weight, FP8Weight, BF16 or FP32, or an Sm90Weight [1, N, K] that is not interleaved, N a multiple of 32. A plain x is
             quantised per 32 channels against an FP4Weight, per 128 against an FP8Weight, per token against an Sm90Weight, for which the
             scales of a quantised x are folded to one per token too. Only an Sm90Weight runs the kernel: `formats.layout_sm90.pack` once.
-        bias: [N] BF16 or FP32; None with an Sm90Weight.
+        bias: [N] BF16 or FP32.
         out: [M, N] BF16 or FP32 (an Sm90Weight: BF16), takes the result, rounded to its dtype. None: a new tensor, FP32 if x and w are FP32
             tensors, else BF16.
         accumulate: add the result to `out`, rounding once.
@@ -43,7 +43,6 @@ def gemm(
     operands = Operands("gemm")
     operands.tokens("x", x, "M K")
     operands.weight("w", w, "N K")
-    packed.check_no_bias("gemm", w, bias)
     operands.optional("bias", bias, "N", FLOATS)
     operands.out(out, "M N", (torch.bfloat16,) if isinstance(w, Sm90Weight) else FLOATS, accumulate)
     x_values, x_sf, x_group = split_tokens(x)
@@ -61,7 +60,7 @@ def _launch(x, x_sf, x_group, w, w_scales, bias, out, accumulate) -> None:
     else:
         weight = Sm90Weight(w, w_scales, torch.Size((1, out.shape[-1], x.shape[-1])), interleaved=False)
         if packed.runs_kernel(x.device):
-            return packed.multiply("gemm", tokens, weight, "accumulate" if accumulate else "store", out=out)
+            return packed.multiply("gemm", tokens, weight, "accumulate" if accumulate else "store", out=out, bias=bias)
         tokens, canonical = packed.twin_operands(tokens, weight)
         weight = canonical[0]
     reference.gemm(tokens, weight, bias=bias, out=out, accumulate=accumulate)

@@ -47,7 +47,7 @@ def grouped_gemm(
             plain-torch twin takes any order.
         offsets: [G+1] int32 or int64 from 0, non-decreasing: group g owns rows offsets[g]:offsets[g+1]; rows past the last are padding.
         num_rows: [G] int32 or int64: group g owns the first num_rows[g] rows of x[g]; the rest are padding.
-        bias: [G, N] BF16 or FP32; None with an Sm90Weight.
+        bias: [G, N] BF16 or FP32.
         out: [M, N] or [G, Mmax, N] BF16 or FP32 (an Sm90Weight: BF16), takes the result, rounded to its dtype. None: a new tensor, FP32
             if x and w are FP32 tensors, else BF16.
         accumulate: add the result to `out`, rounding once; padding rows keep their values.
@@ -74,7 +74,6 @@ def grouped_gemm(
     operands.optional("expert_idx", expert_idx, "M", INDICES)
     operands.optional("offsets", offsets, "G+1", INDICES)
     operands.optional("num_rows", num_rows, "G", INDICES)
-    packed.check_no_bias(OP, w, bias)
     operands.optional("bias", bias, "G N", FLOATS)
     operands.out(out, f"{rows} N", (torch.bfloat16,) if isinstance(w, Sm90Weight) else FLOATS, accumulate)
     check_rows_hint(OP, rows_hint)
@@ -98,7 +97,8 @@ def _launch(x, x_sf, x_group, w, w_scales, expert_idx, offsets, num_rows, bias, 
     else:
         weight = Sm90Weight(w, w_scales, torch.Size((w.shape[0], out.shape[-1], x.shape[-1])), interleaved=False)
         if packed.runs_kernel(x.device):
-            return packed.multiply(OP, tokens, weight, "accumulate" if accumulate else "store", **grouping, rows_hint=rows_hint, out=out)
+            epilogue = "accumulate" if accumulate else "store"
+            return packed.multiply(OP, tokens, weight, epilogue, **grouping, rows_hint=rows_hint, out=out, bias=bias)
         tokens, weight = packed.twin_operands(tokens, weight)
     # Values are checked here and not in the public function: they are data, which a compiled graph cannot branch on.
     check_grouping(OP, **grouping, num_groups=w.shape[0], max_rows=x.shape[-2])

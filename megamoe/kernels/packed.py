@@ -3,41 +3,26 @@
 Legend: R rows of x over all groups, G groups, N weight rows, K input channels.
 """
 
-import contextlib
 import functools
 
 import torch
 
 from megamoe.errors import check
 from megamoe.formats import FP4Weight, QuantizedTokens, Sm90Weight, quantize_tokens
-from megamoe.kernels import device_errors
+from megamoe.kernels import device_errors, devices
+from megamoe.kernels.devices import runs_kernel as runs_kernel
 from megamoe.kernels.fold_tokens import fold_tokens
 from megamoe.kernels.fp4_gemm import fp4_gemm, num_sms
+from megamoe.kernels.quantize_tokens import launch_quantize_tokens
 from megamoe.kernels.row_bounds import group_bounds, row_bounds
 from megamoe.kernels.tuning.sm90 import choose_fp4_gemm
 from megamoe.reference.fold_tokens import fold_tokens as fold_tokens_twin
 from megamoe.reference.gemm import Tokens
 
 
-def runs_kernel(device: torch.device) -> bool:
-    """Whether fp4_gemm runs on `device`."""
-    return device.type == "cuda" and _is_hopper(device.index)
-
-
-@functools.cache
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def is_packed(w: torch.Tensor) -> bool:
     """Whether `w` is the blocks of an Sm90Weight among the tensors that an op takes as weights."""
     return w.dim() == 4
-
-
-def check_no_bias(op: str, w: object, bias: torch.Tensor | None) -> None:
-    """Raise ValueError for a bias beside an Sm90Weight, which the kernel cannot add. On every device, so that code moves between them."""
-    fits = bias is None or not isinstance(w, Sm90Weight)
-    check(fits, op, "bias", "None with an Sm90Weight", "a tensor", "copy the bias into out and pass accumulate=True")
 
 
 def twin_operands(x: Tokens, w: Sm90Weight) -> tuple[QuantizedTokens, FP4Weight]:
@@ -57,6 +42,7 @@ def multiply(
     rows_hint: int | None = None,
     out: torch.Tensor | None = None,
     act: QuantizedTokens | None = None,
+    bias: torch.Tensor | None = None,
     **gate: object,
 ) -> None:
     """Run fp4_gemm on checked operands of a public op. No grouping: one group of all rows.
@@ -66,7 +52,7 @@ def multiply(
         x: [R, K] or [G, R / G, K].
         expert_idx, offsets, num_rows, rows_hint: as in `grouped_gemm`; their values are checked on the device.
         out: [..., N] bfloat16, for the epilogues store and accumulate. act: [..., N / 2] with group 32, for swiglu.
-        gate: bias, row_weight, limit, alpha, up_bias of `fp4_gemm`.
+        bias: [G, N] BF16 or FP32, for swiglu FP32 in kernel row order. gate: row_weight, limit, alpha, up_bias of `fp4_gemm`.
 
     Raises:
         ValueError: an earlier op of the device was given a grouping that is out of range; or an operand is misaligned.
@@ -79,7 +65,7 @@ def multiply(
     for name, tensor in outputs.items():  # before row_bounds, which clears rows of it
         offset = tensor.data_ptr() % 16 if name != "a_sf" else 0
         check(offset == 0, op, f"{name}.data_ptr()", "a multiple of 16", f"{offset} more than one", "copy it with .clone()")
-    with contextlib.nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
+    with devices.current(device):
         device_errors.raise_pending(device)
         rows, scales = (out, None) if act is None else (act.codes, act.sf)
         x = _flat(x)
@@ -97,7 +83,9 @@ def multiply(
             bounds = group_bounds(op, num_rows=x.shape[0], offsets=offsets, counts=num_rows) if is_grouped else None
         tokens = _with_one_exponent(x, bounds if num_rows is not None else None)
         config = choose_fp4_gemm(n, k, num_groups, x.shape[0], rows_hint, epilogue, num_sms(device))
-        fp4_gemm(tokens.codes, tokens.sf, w, config, bounds=bounds, **outputs, **gate)
+        if epilogue != "swiglu" and bias is not None:
+            config, bias = config.with_output(has_bias=True), bias.float().view(num_groups, n)
+        fp4_gemm(tokens.codes, tokens.sf, w, config, bounds=bounds, bias=bias, **outputs, **gate)
 
 
 def _flat(x: Tokens) -> Tokens:
@@ -108,7 +96,7 @@ def _flat(x: Tokens) -> Tokens:
 
 def _with_one_exponent(x: Tokens, bounds: torch.Tensor | None) -> QuantizedTokens:
     """x [R, K] with one scale per token. With `bounds`, rows that no group has may be left out."""
-    return quantize_tokens(x, group="token") if isinstance(x, torch.Tensor) else fold_tokens(x, bounds)
+    return launch_quantize_tokens(x, "token") if isinstance(x, torch.Tensor) else fold_tokens(x, bounds)
 
 
 @functools.cache

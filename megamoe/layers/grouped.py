@@ -6,7 +6,7 @@ Legend: M rows, G groups, N out_features, K in_features.
 import torch
 from torch import nn
 
-from megamoe.formats import Sm90Weight, quantize_fp4
+from megamoe.formats import quantize_fp4
 from megamoe.kernels import grouped_gemm, k_grouped_gemm
 from megamoe.layers.fp4_state import FP4State
 
@@ -23,29 +23,11 @@ class _Grouped(nn.Module):
         num_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [M, K] or [G, Mmax, K] -> [M, N] or [G, Mmax, N] BF16; the groupings and errors are those of `megamoe.grouped_gemm`."""
-        weight, bias, out = self.weight, self.bias, None
-        grouping = {"expert_idx": expert_idx, "offsets": offsets, "num_rows": num_rows}
-        is_one = sum(value is not None for value in grouping.values()) == 1  # or grouped_gemm raises
-        if bias is not None and is_one and isinstance(weight, Sm90Weight):
-            # The kernel adds to what out holds: the bias, rounded once with the product.
-            bias, out = None, _bias_rows(bias, x.shape[-2], **grouping)
-        return grouped_gemm(x, weight, **grouping, bias=bias, out=out, accumulate=out is not None)
+        return grouped_gemm(x, self.weight, expert_idx=expert_idx, offsets=offsets, num_rows=num_rows, bias=self.bias)
 
     def extra_repr(self) -> str:
         sizes = f"num_groups={self.num_groups}, in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
-
-
-def _bias_rows(bias: torch.Tensor, max_rows: int, *, expert_idx: torch.Tensor | None, offsets: torch.Tensor | None,
-               num_rows: torch.Tensor | None) -> torch.Tensor:
-    """The bias [G, N] of each row, zero for padding: [M, N], or [G, Mmax, N] with num_rows. Sync: none, so the values are not checked."""
-    bias = bias.bfloat16()
-    row = torch.arange(max_rows, device=bias.device, dtype=torch.int64 if offsets is None else offsets.dtype)
-    if num_rows is not None:
-        return torch.where((row < num_rows[:, None])[..., None], bias[:, None], 0)
-    group = torch.searchsorted(offsets[1:].contiguous(), row, right=True) if expert_idx is None else expert_idx.long()
-    is_padding = (group < 0) | (group >= bias.shape[0])
-    return torch.where(is_padding[:, None], 0, bias[group.clamp(0, bias.shape[0] - 1)])
 
 
 class GroupedGemm(_Grouped):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megamoe.formats import Sm90Weight, quantize_fp4
+from megamoe.formats import quantize_fp4
 from megamoe.kernels import gemm
 from megamoe.layers.fp4_state import FP4State
 
@@ -43,11 +43,7 @@ class FP4Linear(FP4State):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] BF16 or FP32 -> [..., N] BF16. Raises ValueError as `megamoe.gemm` does."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # [M, K]
-        weight, bias, out = self.weight, self.bias, None
-        if bias is not None and isinstance(weight, Sm90Weight):
-            # The kernel adds to what out holds: the bias, rounded once with the product.
-            bias, out = None, bias.bfloat16().expand(rows.shape[0], -1).contiguous()
-        return gemm(rows, weight, bias=bias, out=out, accumulate=out is not None).reshape(*x.shape[:-1], self.out_features)
+        return gemm(rows, self.weight, bias=self.bias).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -3,31 +3,18 @@
 Legend: T tokens on this rank, K top-k slots, E experts, e local experts, W ranks, H hidden, I intermediate.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from megamoe.comm import Arena, agree
-from megamoe.config import X_GROUP, MoEConfig
-from megamoe.engines import choose_engine, create_engine
+from megamoe.config import MoEConfig
+from megamoe.engines import Engine, choose_engine, create_engine
 from megamoe.env import env
-from megamoe.errors import check
+from megamoe.errors import EngineUnavailableError, check
 from megamoe.formats import ExpertWeights, QuantizedTokens
 from megamoe.layers import moe_op
 from megamoe.layers.expert_state import expert_weights_from_state, expert_weights_to_state
-
-OP = "MegaMoE"
-
-
-@dataclass(frozen=True)
-class InputViews:
-    """Views into the arena for producers that write there directly; pass slices of them to `forward` and nothing is copied."""
-
-    x: torch.Tensor  # [max_tokens_per_rank, H] E4M3 codes, BF16 or FP32 by precision
-    x_sf: torch.Tensor | None  # [max_tokens_per_rank, H/32] uint8 UE8M0, fp8 precisions only
-    topk_idx: torch.Tensor  # [max_tokens_per_rank, K] int64
-    topk_weights: torch.Tensor  # [max_tokens_per_rank, K] float32
+from megamoe.layers.moe_inputs import OP, InputViews, check_inputs
 
 
 class MegaMoE(nn.Module):
@@ -65,9 +52,7 @@ class MegaMoE(nn.Module):
         if arena is None:
             arena = Arena.create(cfg, group=group, device=device, backend=backend, arena_bytes=arena_bytes, timeout_s=timeout_s)
         self.arena = arena
-        self._agree_on_layer(engine)
-        engine_name, self._engine_reason = choose_engine(engine, arena.device, cfg.precision)
-        self.engine = create_engine(engine_name, cfg, arena)
+        self.engine, self._engine_reason = self._agree_on_engine(engine)
         self.router = router
         self.shared_expert = shared_expert
         self._expert_load = torch.zeros(self.num_local_experts, dtype=torch.int64, device=arena.device)
@@ -125,7 +110,9 @@ class MegaMoE(nn.Module):
                 naming rank, token and slot.
             PeerTimeoutError: a peer stayed silent past the deadline (then `reset` on all ranks) or failed before the call.
 
-        Sync: the reference engine returns when every peer has finished with this call; later engines are stream-ordered.
+        Sync: the reference engine returns when every peer has finished with this call. The unfused engine is stream-ordered and may be
+        captured in a CUDA graph; what its kernels find wrong, a silent peer or a topk_idx, is raised by the next call after it has been
+        enqueued, by `check`, or at once with MEGAMOE_CHECK=1. A call that failed gives NaN.
         """
         codes, x_sf = (x.codes, x.sf) if isinstance(x, QuantizedTokens) else (x, None)
         if topk_idx is None:
@@ -144,10 +131,17 @@ class MegaMoE(nn.Module):
         return load
 
     def check(self) -> None:
-        """Raise the ValueError of a routing error that a call met and nobody has seen yet."""
-        error, self._routing_error = self._routing_error, None
-        if error is not None:
-            raise ValueError(error)
+        """Wait for the calls so far, and raise what they met and nobody has seen yet.
+
+        Raises:
+            PeerTimeoutError: a peer was silent or aborted; the call's result is NaN.
+            ValueError: a topk_idx out of range.
+
+        Sync: waits for the device. Not to be called inside a graph capture; call it after replays.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._raise_reported()
 
     def reset(self) -> None:
         """Make the arena usable again after a PeerTimeoutError. Collective; every rank of the group must be alive."""
@@ -172,10 +166,21 @@ class MegaMoE(nn.Module):
                 f"act_group={self.engine.act_group}, backend={self.arena.backend}, rank={self.arena.rank}/{self.arena.num_ranks}, "
                 f"max_tokens_per_rank={cfg.max_tokens_per_rank}, arena={self.arena.num_bytes / 2**20:.1f} MiB")
 
-    def _agree_on_layer(self, engine: str) -> None:
-        """A shared arena fixes the sizes; everything else about the layer must match between ranks too."""
-        error = None if self._owns_arena else self.arena.mismatch(self.cfg)
-        agree(self.arena.group, OP, {**self.cfg.as_dict(), "engine": engine}, error)
+    def _agree_on_engine(self, requested: str) -> tuple[Engine, str]:
+        """A shared arena fixes the sizes; everything else about the layer must match between ranks too. Returns the engine and why."""
+        engine, reason, name, error = None, "", "", None if self._owns_arena else self.arena.mismatch(self.cfg)
+        try:
+            name, reason = choose_engine(requested, self.arena.device, self.cfg.precision)
+        except EngineUnavailableError as caught:
+            error = caught
+        agree(self.arena.group, OP, {**self.cfg.as_dict(), "engine": requested, "chosen engine": name}, error)
+        try:
+            engine = create_engine(name, self.cfg, self.arena)
+        except (ValueError, RuntimeError) as caught:
+            error = caught
+        # Kernels are compiled by now on every rank: no call waits for a compiler.
+        agree(self.arena.group, OP, {}, error)
+        return engine, reason
 
     def _route(self, x, input_ids):
         check(self.router is not None, OP, "topk_idx", "given, as the layer has no router", None, "pass topk_idx and topk_weights")
@@ -189,48 +194,44 @@ class MegaMoE(nn.Module):
         num_calls += 1
         self.arena.begin_call()
         try:
-            self.check()
-            self._check_inputs(x, x_sf, topk_idx, topk_weights)
+            check(self.engine.is_loaded, OP, "experts", "loaded", "none", "call load_experts first")
+            check_inputs(self.cfg, self.device, x, x_sf, topk_idx, topk_weights)
             y = self.engine.forward(x, x_sf, topk_idx, topk_weights, expert_load)
         except BaseException as error:
             self.arena.fail_call(error)
             raise
-        self._note_routing_errors(topk_idx)
-        if self.engine.is_synchronous or env.check:
+        if self.engine.is_synchronous:
+            self._note_routing_errors(topk_idx)
+        elif torch.cuda.is_current_stream_capturing():
+            return y
+        # After the call, so that a rank with an old error to raise stays in step with its peers.
+        if env.check:
             self.check()
+        else:
+            self._raise_reported()
         return y
 
-    def _check_inputs(self, x, x_sf, topk_idx, topk_weights) -> None:
-        cfg = self.cfg
-        check(self.engine.weights() is not None, OP, "experts", "loaded", "none", "call load_experts first")
-        check(x.dim() == 2 and x.shape[1] == cfg.hidden, OP, "shape of x", f"[T, {cfg.hidden}]", list(x.shape),
-              "flatten batch and sequence")
-        num_tokens = x.shape[0]
-        check(num_tokens <= cfg.max_tokens_per_rank, OP, "number of tokens", f"<= max_tokens_per_rank = {cfg.max_tokens_per_rank}",
-              num_tokens, "split the batch or construct the layer with a larger max_tokens_per_rank")
-        x_dtype = torch.float8_e4m3fn if x_sf is not None else torch.float32 if cfg.precision == "fp32" else torch.bfloat16
-        fixes = "cast it" if x_sf is None else "quantize_tokens(x, group=32) gives the right form"
-        expected = {"x": (x, x_dtype, [num_tokens, cfg.hidden]), "topk_idx": (topk_idx, torch.int64, [num_tokens, cfg.num_topk]),
-                    "topk_weights": (topk_weights, torch.float32, [num_tokens, cfg.num_topk])}
-        if x_sf is not None:
-            check(self.cfg.is_fp8, OP, "x", f"a BF16 tensor for precision {cfg.precision}", "QuantizedTokens", "pass the tensor itself")
-            expected["x_sf"] = (x_sf, torch.uint8, [num_tokens, cfg.hidden // X_GROUP])
-        for name, (tensor, dtype, shape) in expected.items():
-            check(tensor.dtype == dtype, OP, f"dtype of {name}", dtype, tensor.dtype, fixes if name.startswith("x") else "cast it")
-            check(list(tensor.shape) == shape, OP, f"shape of {name}", shape, list(tensor.shape), "pass one row per token")
-            check(tensor.device == self.device, OP, f"device of {name}", self.device, tensor.device,
-                  f"move it with .to({str(self.device)!r})")
-            check(tensor.is_contiguous(), OP, f"layout of {name}", "contiguous", f"strides {tensor.stride()}", "call .contiguous()")
-            check(not (torch.is_grad_enabled() and tensor.requires_grad), OP, f"requires_grad of {name}", False, True,
-                  "training is not implemented yet: call under torch.no_grad() or detach")
+    def _raise_reported(self) -> None:
+        """Raise what is known without waiting for the device: one error per call of this method, a lost call first."""
+        calls = self.arena.device_calls
+        if calls is not None:
+            if (found := calls.routing_error()) is not None:
+                self._routing_error = self._routing_error or self._describe_routing_error(*found)
+            if (failure := self.arena.take_failure()) is not None:
+                raise failure
+        error, self._routing_error = self._routing_error, None
+        if error is not None:
+            raise ValueError(error)
 
     def _note_routing_errors(self, topk_idx: torch.Tensor) -> None:
         bad = torch.nonzero((topk_idx < -1) | (topk_idx >= self.cfg.num_experts))
         if bad.numel():
             token, slot = bad[0].tolist()
-            self._routing_error = (
-                f"{OP}: topk_idx must be in [-1, {self.cfg.num_experts}), got {int(topk_idx[token, slot])} on rank {self.arena.rank}, "
-                f"token {token}, slot {slot} ({bad.shape[0]} such slots were skipped); correct the router")
+            self._routing_error = self._describe_routing_error(token, slot, int(topk_idx[token, slot]), bad.shape[0])
+
+    def _describe_routing_error(self, token: int, slot: int, value: int, number: int) -> str:
+        return (f"{OP}: topk_idx must be in [-1, {self.cfg.num_experts}), got {value} on rank {self.arena.rank}, token {token}, "
+                f"slot {slot} ({number} such slots were skipped); correct the router")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

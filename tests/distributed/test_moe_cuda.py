@@ -1,4 +1,4 @@
-"""MegaMoE on GPUs, one rank per GPU, over each symmetric-memory backend that is there: the edge grid, failures, and full model shapes."""
+"""The reference engine on GPUs, one rank per GPU, over each backend that is there: the edge grid, failures, and full model shapes."""
 
 import importlib.util
 import time
@@ -28,7 +28,7 @@ def run_on_gpu(rank: int, num_ranks: int, cases: list[LayerCase], backend: str) 
     medians = []
     for case in cases:
         inputs = device_inputs(case, rank)
-        with build_layer(case, rank, device="cuda", backend=backend, timeout_s=10.0) as layer:
+        with build_layer(case, rank, device="cuda", engine="reference", backend=backend, timeout_s=10.0) as layer:
             layer.arena.view("partials").view(torch.uint8).fill_(0xFF)
             y = layer(*inputs)
             assert torch.equal(layer(*inputs).view(torch.uint8), y.view(torch.uint8)), f"two runs differ: {case}"
@@ -74,7 +74,7 @@ def test_model_shapes(rank_pool):
 def run_stalled(rank: int, num_ranks: int, backend: str):
     torch.cuda.set_device(rank)
     case = small_case(tokens=(4,) * num_ranks)
-    layer = build_layer(case, rank, device="cuda", backend=backend, timeout_s=2.0)
+    layer = build_layer(case, rank, device="cuda", engine="reference", backend=backend, timeout_s=2.0)
     good = layer(*device_inputs(case, rank))
     if rank == 1:
         time.sleep(5)
@@ -101,7 +101,7 @@ def test_a_stalled_rank_times_out_and_reset_recovers(rank_pool, backend):
 def test_one_gpu_without_a_group():
     cfg = MoEConfig(hidden=7168, intermediate=2048, num_experts=8, num_topk=8, max_tokens_per_rank=64)
     case = LayerCase(cfg=cfg, tokens_per_rank=(33,))
-    layer = build_layer(case, 0, device="cuda")
+    layer = build_layer(case, 0, device="cuda", engine="reference")
     x, topk_idx, topk_weights = device_inputs(case, 0)
     assert_case_accepted(case, 0, layer(x, topk_idx, topk_weights), layer.engine.act_group)
     with pytest.raises(ValueError, match="MegaMoE: device of x must be cuda:0, got cpu; move it with"):

@@ -13,7 +13,7 @@ from megamoe.kernels.fp4_gemm import fp4_gemm
 from megamoe.kernels.fp4_gemm_config import with_most_stages
 
 # Warpgroups, token tiles, epilogue; K = 1056 is two promotions and a tail of K, and few tiles, which are cut along K.
-CONFIGS = ((2, (16, 64), "store"), (3, (48,), "accumulate"), (4, (8, 48), "store"), (3, (24, 72), "swiglu"))
+CONFIGS = ((2, (16, 64), "store"), (2, (176,), "store"), (3, (48,), "accumulate"), (4, (8, 48), "store"), (3, (24, 72), "swiglu"))
 N, K, COUNTS = 320, 1056, (70, 0, 1, 9)
 
 

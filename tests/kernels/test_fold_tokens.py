@@ -51,6 +51,21 @@ def test_rows_inside_the_bounds_are_folded():
     assert_same(picked, expected)
 
 
+@pytest.mark.parametrize("m", [5, 9000])  # 9000 rows are more than the grid holds at once
+def test_in_place(m):
+    x = quantize_tokens(torch.randn(m, 96, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 8.0, 0.1]).repeat_interleave(32))
+    on_gpu = QuantizedTokens(x.codes.cuda(), x.sf.cuda(), 32)
+    out = QuantizedTokens(on_gpu.codes, torch.full((m, 1), 0xFF, dtype=torch.uint8, device="cuda"), "token")
+    num_folded = m - 2
+    bounds = torch.tensor([[0, num_folded]], dtype=torch.int32, device="cuda")
+    assert fold_tokens(on_gpu, bounds, out) is out
+    expected = twin(x)
+    picked, due = (QuantizedTokens(y.codes[:num_folded], y.sf[:num_folded], "token") for y in (out, expected))
+    assert_same(picked, due)
+    assert torch.equal(out.codes[num_folded:].cpu().view(torch.uint8), x.codes[num_folded:].view(torch.uint8)), "rows outside stay as they are"
+    assert (out.sf[num_folded:] == 0xFF).all()
+
+
 def test_tokens_with_one_scale_pass_and_misaligned_rows_are_refused():
     x = quantize_tokens(torch.randn(3, 64), "token")
     x = QuantizedTokens(x.codes.cuda(), x.sf.cuda(), "token")
@@ -59,3 +74,7 @@ def test_tokens_with_one_scale_pass_and_misaligned_rows_are_refused():
     message = "fold_tokens: rows of codes must be at multiples of 16 bytes, got [1, 64]; copy them with .clone()"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fold_tokens(QuantizedTokens(codes, torch.zeros(3, 2, dtype=torch.uint8, device="cuda"), 32))
+    good = QuantizedTokens(torch.zeros_like(x.codes), torch.zeros(3, 2, dtype=torch.uint8, device="cuda"), 32)
+    message = "fold_tokens: out must be [3, 64] with group 'token', got [3, 64] with group 32; allocate it as x"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fold_tokens(good, out=good)

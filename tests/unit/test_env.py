@@ -12,12 +12,13 @@ from megamoe.env import Env, read
 
 
 def test_defaults():
-    assert read({}) == Env(check=False, cache_dir=Path.home() / ".cache/megamoe", shm_dir=Path("/dev/shm"))
+    assert read({}) == Env(check=False, cache_dir=Path.home() / ".cache/megamoe", shm_dir=Path("/dev/shm"), transport="auto")
 
 
 def test_every_variable_is_parsed():
-    environ = {"MEGAMOE_CHECK": "1", "MEGAMOE_CACHE_DIR": "~/kernels", "MEGAMOE_SHM_DIR": "/mnt/huge"}
-    assert read(environ) == Env(check=True, cache_dir=Path.home() / "kernels", shm_dir=Path("/mnt/huge"))
+    environ = {"MEGAMOE_CHECK": "1", "MEGAMOE_CACHE_DIR": "~/kernels", "MEGAMOE_SHM_DIR": "/mnt/huge",
+               "MEGAMOE_TRANSPORT": "nccl"}
+    assert read(environ) == Env(check=True, cache_dir=Path.home() / "kernels", shm_dir=Path("/mnt/huge"), transport="nccl")
 
 
 def test_other_variables_are_not_ours():
@@ -32,8 +33,14 @@ def test_a_flag_is_0_or_1(text):
         read({"MEGAMOE_CHECK": text})
 
 
+def test_a_transport_is_one_of_those_there_are():
+    message = "env: MEGAMOE_TRANSPORT must be one of auto, arena, nccl, got 'ib'; unset it or correct it"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        read({"MEGAMOE_TRANSPORT": "ib"})
+
+
 def test_an_unknown_variable_is_refused():
-    message = "env: MEGAMOE_CHEK must be one of MEGAMOE_CACHE_DIR, MEGAMOE_CHECK, MEGAMOE_SHM_DIR; unset it or correct it"
+    message = "env: MEGAMOE_CHEK must be one of MEGAMOE_CACHE_DIR, MEGAMOE_CHECK, MEGAMOE_SHM_DIR, MEGAMOE_TRANSPORT; unset it or correct it"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         read({"MEGAMOE_CHEK": "1"})
 

@@ -113,6 +113,6 @@ def test_layers_share_an_arena():
 
 def test_repr_names_engine_backend_and_act_group():
     text = repr(build_layer(case(), 0))
-    for part in ("engine=reference (the only engine for fp8xfp4 on cpu so far)", "backend=local", "act_group=128", "rank=0/1",
+    for part in ("engine=reference (unfused needs a Hopper GPU, not device cpu)", "backend=local", "act_group=128", "rank=0/1",
                  "experts=6 (6 local)"):
         assert part in text

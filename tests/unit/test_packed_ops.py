@@ -176,8 +176,8 @@ PLAIN, INTERLEAVED = layout_sm90.pack(FP4, False), layout_sm90.pack(FP4, True)
 ODD = layout_sm90.pack(quantize_fp4(randn(3, 130, 64, seed=25)), False)
 ERRORS = [
     (gemm, dict(w=PLAIN), "gemm: w.shape must be [N, K=64], got [3, 64, 64]; sizes of one letter must agree"),
-    (grouped_gemm, dict(w=PLAIN, bias=randn(3, 64, seed=1)),
-     "grouped_gemm: bias must be None with an Sm90Weight, got a tensor; copy the bias into out and pass accumulate=True"),
+    (grouped_gemm, dict(w=PLAIN, bias=randn(3, 32, seed=1)),
+     "grouped_gemm: bias.shape must be [G=3, N=64], got [3, 32]; sizes of one letter must agree"),
     (grouped_gemm, dict(w=PLAIN, out=torch.zeros(5, 64)),
      "grouped_gemm: out.dtype must be torch.bfloat16, got torch.float32; convert it with .to(torch.bfloat16)"),
     (grouped_gemm, dict(w=INTERLEAVED),
@@ -236,7 +236,8 @@ def test_reports_raise_one_by_one(monkeypatch):
     monkeypatch.setattr(device_errors, "_reports", lambda device: reports)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     device_errors.raise_pending(0)
-    for slot, (index, value) in {0: (7, 9), 1: (3, -5), 6: (2, -2**31), 7: (1, 2**31 - 1)}.items():
+    swiglu = len(device_errors.KINDS)
+    for slot, (index, value) in {0: (7, 9), 1: (3, -5), swiglu + 2: (2, -2**31), swiglu + 3: (1, 2**31 - 1)}.items():
         reports.report(slot, index, value)
     for message in (
         "grouped_gemm: expert_idx[7] must be in [-1, G), got 9; -1 marks a padding row",

@@ -98,9 +98,10 @@ def test_default_pool():
     assert pack(v4_pro).num_bytes <= 1.5 * 2**30
     few = replace(V4_PRO, max_tokens_per_rank=3)
     assert plan_dims(few, num_ranks=1).pool_rows == 64, "worst case 18 rows"
-    assert plan_dims(few, num_ranks=64).pool_rows == 256, "small batches get 256 rows: one chunk even when skewed"
+    assert plan_dims(few, num_ranks=64).pool_rows == 64 * 3 * 6, "the worst case: one pass however skewed the routing is"
     one_expert = replace(V4_PRO, num_experts=8, max_tokens_per_rank=64)
-    assert plan_dims(one_expert, num_ranks=8).pool_rows == 384, "T * K, less than the worst case of 8 * 64 rows"
+    assert plan_dims(one_expert, num_ranks=8).pool_rows == 8 * 64, "a token has at most one slot on a rank with one expert"
+    assert plan_dims(replace(V4_PRO, max_tokens_per_rank=1024), num_ranks=8).pool_rows == 16384, "the least where T * K is 6144"
 
 
 def test_a_budget_is_spent_on_the_pool():

@@ -11,6 +11,7 @@
 namespace megamoe {
 
 using uint8 = unsigned char;
+using int16 = short;
 using uint16 = unsigned short;
 using int32 = int;
 using uint32 = unsigned int;

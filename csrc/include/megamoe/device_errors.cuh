@@ -21,6 +21,6 @@ struct DeviceErrors {
 };
 
 // Kinds, in the order of device_errors.py.
-enum GroupingError : uint32 { kIndexOutOfRange, kRowsApart, kOffsetOutOfRange, kCountOutOfRange };
+enum GroupingError : uint32 { kIndexOutOfRange, kRowsApart, kOffsetOutOfRange, kCountOutOfRange, kRowOutOfRange, kSlotOutOfRange };
 
 }  // namespace megamoe

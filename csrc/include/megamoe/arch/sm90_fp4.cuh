@@ -25,18 +25,28 @@ MEGAMOE_DEVICE void expand_word(uint32 word, uint32 table_low, uint32 table_high
   high = ptx::and_or(word << 4, 0x80808080u, ptx::permute_bytes(table_low, table_high, magnitudes >> 16));
 }
 
-// Expands this thread's part of the unit at `unit`. `thread` is the index in the warpgroup.
-MEGAMOE_DEVICE void load_fragment(uint32 unit, uint32 thread, WeightFragment& a) {
+// This thread's part of a unit as it lies in memory: 64 codes and the exponents of its two rows.
+struct PackedFragment {
+  ptx::Words4 codes[2];
+  ptx::Words2 exponents;  // k32 steps 0..3 of the upper row, then of the lower
+};
+
+// Loads from the unit at `unit`. `thread` is the index in the warpgroup.
+MEGAMOE_DEVICE void load_packed(uint32 unit, uint32 thread, PackedFragment& packed) {
   const uint32 codes = unit + thread * 16;
-  const ptx::Words4 q0 = ptx::ld_shared_128(codes), q1 = ptx::ld_shared_128(codes + 2048);
-  // 8 bytes per (warp, lane group): k32 steps 0..3 of the upper row half, then of the lower.
-  const ptx::Words2 exponents = ptx::ld_shared_64(unit + WeightUnit::kCodeBytes + (thread / 4) * 8);
+  packed.codes[0] = ptx::ld_shared_128(codes);
+  packed.codes[1] = ptx::ld_shared_128(codes + 2048);
+  packed.exponents = ptx::ld_shared_64(unit + WeightUnit::kCodeBytes + (thread / 4) * 8);
+}
+
+MEGAMOE_DEVICE void expand(const PackedFragment& packed, WeightFragment& a) {
+  const ptx::Words4 q0 = packed.codes[0], q1 = packed.codes[1];
   const uint32 words[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
 #pragma unroll
   for (uint32 j = 0; j < 4; ++j) {
 #pragma unroll
     for (uint32 half = 0; half < 2; ++half) {
-      const uint32 e = ptx::permute_bytes(half ? exponents.y : exponents.x, 0, 0x4440 + j);
+      const uint32 e = ptx::permute_bytes(half ? packed.exponents.y : packed.exponents.x, 0, 0x4440 + j);
       // Byte m is the E5M2 code of magnitude m (0 .5 1 1.5 | 2 3 4 6) times 2^(e - 14); byte 0 stays 0.
       const uint32 table_low = e * 0x04040400u + 0x06040000u, table_high = e * 0x04040404u + 0x0e0c0a08u;
       expand_word(words[2 * j + half], table_low, table_high, a[4 * j + half], a[4 * j + 2 + half]);

@@ -1,10 +1,11 @@
 // fold_tokens: E4M3 tokens with one UE8M0 scale per group of channels -> one scale per token, the largest of its groups.
 //
 // A group whose scale is 2^d times smaller has its codes shifted down by d binary places, rounded to nearest even, denormals included.
-// Exact but for bits below 2^-9 of the new scale. One warp per token, 16 bytes per lane and step; a step lies in one group.
+// Exact but for bits below 2^-9 of the new scale. One warp per token at a time, 16 bytes per lane and step; a step lies in one group.
+// A lane reads a step before it writes it, so the result may take the place of the codes.
 #pragma once
 
-#include <megamoe/ptx/fp8.cuh>
+#include <megamoe/fold_codes.cuh>
 
 namespace megamoe {
 
@@ -19,22 +20,7 @@ struct FoldTokensParams {
   uint32 group_stride;
 };
 
-// 2^-d as a pair of FP16. From 2^-25 on it is zero, when no code is left above half of the smallest one anyway.
-MEGAMOE_DEVICE uint32 shift_factors(uint32 d) {
-  const uint32 half = d < 15 ? (15 - d) << 10 : d < 25 ? 1u << (24 - d) : 0;
-  return half << 16 | half;
-}
-
-MEGAMOE_DEVICE uint32 shift_word(uint32 codes, uint32 factors) {
-  return ptx::scale_e4m3x2(codes & 0xffff, factors) | ptx::scale_e4m3x2(codes >> 16, factors) << 16;
-}
-
-MEGAMOE_DEVICE void fold_tokens(const FoldTokensParams& p) {
-  const uint32 lane = threadIdx.x % 32;
-  const uint64 row = static_cast<uint64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (row >= p.num_rows) return;
-  if (p.bounds != nullptr && row >= p.bounds[2 * (row / p.group_stride) + 1]) return;
-
+MEGAMOE_DEVICE void fold_token(const FoldTokensParams& p, uint64 row, uint32 lane) {
   const uint8* sf = p.sf + row * p.num_sf;
   uint32 largest = 0;
   for (uint32 i = lane; i < p.num_sf; i += 32) largest = sf[i] > largest ? sf[i] : largest;
@@ -45,13 +31,15 @@ MEGAMOE_DEVICE void fold_tokens(const FoldTokensParams& p) {
   auto* to = reinterpret_cast<uint4*>(p.folded + row * p.num_channels);
 #pragma unroll 4
   for (uint32 i = lane; i < p.num_channels / 16; i += 32) {
-    uint4 v = from[i];
-    const uint32 d = largest - sf[i * 16 / p.channels_per_sf];
-    if (d != 0) {
-      const uint32 factors = shift_factors(d);
-      v = make_uint4(shift_word(v.x, factors), shift_word(v.y, factors), shift_word(v.z, factors), shift_word(v.w, factors));
-    }
-    to[i] = v;
+    to[i] = fold_codes(from[i], largest - sf[i * 16 / p.channels_per_sf]);
+  }
+}
+
+MEGAMOE_DEVICE void fold_tokens(const FoldTokensParams& p) {
+  const uint32 warps = blockDim.x / 32;
+  for (uint64 row = static_cast<uint64>(blockIdx.x) * warps + threadIdx.x / 32; row < p.num_rows; row += gridDim.x * warps) {
+    const bool is_inside = p.bounds == nullptr || row < p.bounds[2 * (row / p.group_stride) + 1];
+    if (is_inside) fold_token(p, row, threadIdx.x % 32);
   }
 }
 

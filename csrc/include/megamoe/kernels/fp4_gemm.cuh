@@ -27,14 +27,15 @@ struct Fp4GemmParams {
   const uint8* w_blocks;                      // [G, num_row_blocks, num_k_blocks, 4352]
   const uint8* w_row_base;                    // [G, 64 * num_row_blocks]
   const uint8* x_sf;                          // [num_rows] UE8M0
-  Bf16* out;                                  // [num_rows, n]: epilogues store and accumulate
+  Bf16* out;                                  // [num_rows, n]: epilogues store and accumulate, unless they scatter
+  const uint64* row_dst;                      // [num_rows] address of each row's n values: scatter
   Grouping grouping;
   uint32 n;                                   // weight rows without padding
   uint32 num_row_blocks, num_k_blocks;        // storage units per group
   float* workspace;                           // roles/tail_sums.cuh; null: tiles are never cut along K
-  // Epilogue swiglu:
   const float* bias;                          // [G, n] in kernel row order, or null
-  const float* row_weight;                    // [num_rows], or null
+  const float* row_weight;                    // [num_rows] factor of the bias (store) or of the activated row (swiglu), or null for 1
+  // Epilogue swiglu:
   uint8* a_codes;                             // [num_rows, n / 2] E4M3
   uint8* a_sf;                                // [num_rows, n / 64] UE8M0 per 32 channels
   float limit, alpha, up_bias;                // limit: +inf for none; alpha: 1 with up_bias 0 is SiLU
@@ -54,8 +55,8 @@ struct SmemPlan {
   // banks.
   static constexpr uint32 kStagingPitch = 64 * 2 + 16;
   static constexpr uint32 kStagingBytes = kMaxTokens * kStagingPitch;
-  // Per token of a tile: scale and row weight; per token and warp: the maximum that the warpgroup agrees on (swiglu).
-  static constexpr uint32 kTokenFloats = Config::kSwiglu ? 6 : 1;
+  // Per token of a tile: scale and, beside a bias, row weight; per token and warp: the maximum that the warpgroup agrees on (swiglu).
+  static constexpr uint32 kTokenFloats = Config::kSwiglu ? 6 : Config::kHasBias ? 2 : 1;
 
   static constexpr uint32 kStaging = Config::kStages * kStageBytes;
   static constexpr uint32 kTokenValues = kStaging + Config::kMathWarpgroups * kStagingBytes;

@@ -1,4 +1,4 @@
-// Accesses to global memory, named by order and scope (PTX ISA, "ld", "st").
+// Accesses to global memory, named by order and scope (PTX ISA, "ld", "st", "fence").
 #pragma once
 
 #include <megamoe/base.cuh>
@@ -13,6 +13,37 @@ MEGAMOE_DEVICE uint32 ld_acquire_gpu(const uint32* address) {
 
 MEGAMOE_DEVICE void st_release_gpu(uint32* address, uint32 v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+}
+
+// Between GPUs and with the host: who sees the value sees what was written before its release.
+MEGAMOE_DEVICE int64 ld_acquire_sys(const int64* address) {
+  int64 v;
+  asm volatile("ld.acquire.sys.global.s64 %0, [%1];" : "=l"(v) : "l"(address) : "memory");
+  return v;
+}
+
+MEGAMOE_DEVICE void st_release_sys(int64* address, int64 v) {
+  asm volatile("st.release.sys.global.s64 [%0], %1;" ::"l"(address), "l"(v) : "memory");
+}
+
+// A word that other threads of this GPU may change at any time; orders nothing.
+MEGAMOE_DEVICE int64 ld_relaxed_gpu(const int64* address) {
+  int64 v;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(v) : "l"(address) : "memory");
+  return v;
+}
+
+MEGAMOE_DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+MEGAMOE_DEVICE void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// 16 bytes that are read once. Stays where it is written in the program, so that many of them can be in flight before the first is used.
+MEGAMOE_DEVICE uint4 ld_stream_128(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
 }
 
 // A byte that no one writes while the kernel runs. Stays where it is written in the program, so that it can be fetched long before it is

@@ -1,4 +1,4 @@
-// Byte permutation, logic and conversions (PTX ISA, "Integer", "Logic and Shift", "cvt").
+// Byte permutation, logic, FP32 functions and conversions (PTX ISA, "Integer", "Logic and Shift", "Floating Point", "cvt").
 #pragma once
 
 #include <megamoe/base.cuh>
@@ -15,6 +15,32 @@ MEGAMOE_DEVICE uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
 MEGAMOE_DEVICE uint32 and_or(uint32 a, uint32 b, uint32 c) {
   uint32 r;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+// Where fmaxf and fminf return the other operand of a NaN, these return NaN.
+MEGAMOE_DEVICE float max_propagating_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+MEGAMOE_DEVICE float min_propagating_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// Without ftz both take a branch around the instruction to treat denormals.
+MEGAMOE_DEVICE float exp2_approx(float a) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+
+MEGAMOE_DEVICE float reciprocal_approx(float a) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
   return r;
 }
 

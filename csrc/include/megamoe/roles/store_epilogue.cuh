@@ -1,4 +1,5 @@
-// Epilogue store / accumulate: scale the sums of one warpgroup (64 weight rows x tokens), round to BF16, write token-major rows.
+// Epilogue store / accumulate: scale the sums of one warpgroup (64 weight rows x tokens), add the bias, round to BF16, write token-major
+// rows, to `out` or (scatter) wherever `row_dst` says, which may be the memory of another GPU.
 //
 // The fragment is channel-major, the output token-major: 8x8 transposing stores bring it to shared memory as one token per row, from
 // where 8 threads write the 128 contiguous bytes of a token.
@@ -47,23 +48,49 @@ struct EpilogueTile {
       if (thread() + i * 128 < kTokens) ptx::st_shared_float(row + (thread() + i * 128) * 4, value(i));
   }
 
+  // Of token thread + 128 i.
+  MEGAMOE_DEVICE float row_weight(const Fp4GemmParams& p, uint32 i) const {
+    const uint32 token = thread() + 128 * i;
+    return p.row_weight != nullptr && token < num_tokens ? p.row_weight[first_row + token] : 1.0f;
+  }
+
   template <uint32 kTokens>
   MEGAMOE_DEVICE void share_token_scales(uint32 row) const {
     share<kTokens>(row, [&](uint32 i) { return exponent_to_float(token_exponents[i]); });
   }
 };
 
-// Moves the warpgroup's 16-byte pieces of the tile between staging and the output: copy(staging address, output pointer) per piece.
-template <uint32 kTokens, class Copy>
-MEGAMOE_DEVICE void for_each_piece(const Fp4GemmParams& p, const EpilogueTile& tile, uint32 staging, uint32 pitch, Copy copy) {
-  const uint32 piece = tile.thread() % 8, channel = tile.row_block * 64 + piece * 8;
+// The warpgroup's share of the output: 16-byte pieces, 8 threads on the 128 bytes of a token. A thread has the same piece of each of its
+// tokens.
+template <class Config, uint32 kTokens>
+struct OutputPieces {
+  static constexpr uint32 kCount = ceil_div(kTokens, 16);
+  Bf16* pointers[kCount];  // null: no such token, or its channels are padding
+
+  // With scatter the addresses come from memory: fetched together, before the pieces are there.
+  MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile) {
+    const uint32 channel = tile.row_block * 64 + tile.thread() % 8 * 8;
 #pragma unroll
-  for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
-    const uint32 token = i * 16 + tile.thread() / 8;
-    if (token < tile.num_tokens && channel < p.n)
-      copy(staging + token * pitch + piece * 16, p.out + uint64(tile.first_row + token) * p.n + channel);
+    for (uint32 i = 0; i < kCount; ++i) {
+      const uint32 token = token_of(i), row = tile.first_row + token;
+      pointers[i] = nullptr;
+      if (token < tile.num_tokens && channel < p.n) {
+        Bf16* begin = Config::kScatter ? reinterpret_cast<Bf16*>(__ldg(p.row_dst + row)) : p.out + uint64(row) * p.n;
+        pointers[i] = begin + channel;
+      }
+    }
   }
-}
+
+  static MEGAMOE_DEVICE uint32 token_of(uint32 i) { return i * 16 + threadIdx.x % 128 / 8; }
+
+  // copy(staging address, output pointer) for each piece.
+  template <class Copy>
+  MEGAMOE_DEVICE void for_each(uint32 staging, uint32 pitch, Copy copy) const {
+#pragma unroll
+    for (uint32 i = 0; i < kCount; ++i)
+      if (pointers[i] != nullptr) copy(staging + token_of(i) * pitch + threadIdx.x % 8 * 16, pointers[i]);
+  }
+};
 
 template <class Config, uint32 kTokens>
 MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base,
@@ -72,17 +99,26 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
   const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
   const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * Plan::kMaxTokens * 4;
   const uint32 barrier = kEpilogueBarrier + warpgroup;
+  const uint32 weights = scales + Plan::kMaxTokens * 4;
   tile.share_token_scales<kTokens>(scales);
+  if constexpr (Config::kHasBias) tile.share<kTokens>(weights, [&](uint32 i) { return tile.row_weight(p, i); });
   // After this barrier the scales are there and the warpgroup has finished reading the staging of its last tile.
   ptx::barrier_sync<128>(barrier);
   if constexpr (Config::kAccumulate) {
-    for_each_piece<kTokens>(p, tile, staging, Plan::kStagingPitch, [](uint32 to, const Bf16* from) {
+    OutputPieces<Config, kTokens>(p, tile).for_each(staging, Plan::kStagingPitch, [](uint32 to, const Bf16* from) {
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       ptx::st_shared_128(to, {v.x, v.y, v.z, v.w});
     });
     ptx::barrier_sync<128>(barrier);
   }
   const float upper = tile.row_scale(0), lower = tile.row_scale(1);
+  float bias[2] = {};  // of this thread's upper and lower row; fetched here, since a register more in the main loop spills
+  if constexpr (Config::kHasBias) {
+    const uint32 row = tile.row_block * 64 + tile.warp() * 16 + tile.lane_group();
+#pragma unroll
+    for (uint32 i = 0; i < 2; ++i)
+      if (row + 8 * i < p.n) bias[i] = p.bias[uint64(tile.group) * p.n + row + 8 * i];
+  }
   const uint32 lane = tile.thread() % 32;
   // Row of the 8x8 matrices that this lane addresses: token lane % 8, channels 0-7 of the warp for lanes 0-7 and 8-15 for lanes 8-15.
   const uint32 matrix_row = staging + (lane % 8) * Plan::kStagingPitch + tile.warp() * 32 + (lane / 8 % 2) * 16;
@@ -101,6 +137,11 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
       const float s0 = __uint_as_float(pairs[i].x), s1 = __uint_as_float(pairs[i].y);
       float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1,
                     totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
+      if constexpr (Config::kHasBias) {
+        const ptx::Words2 w = ptx::ld_shared_64(weights + (8 * j + 2 * tile.lane_in_group()) * 4);
+        const float w0 = __uint_as_float(w.x), w1 = __uint_as_float(w.y);
+        v[0] += w0 * bias[0], v[1] += w1 * bias[0], v[2] += w0 * bias[1], v[3] += w1 * bias[1];
+      }
       if constexpr (Config::kAccumulate) {
         const ptx::Words2 old = ptx::ldmatrix_x2_trans(row);
         v[0] += ptx::bf16_low(old.x), v[1] += ptx::bf16_high(old.x), v[2] += ptx::bf16_low(old.y), v[3] += ptx::bf16_high(old.y);
@@ -108,8 +149,9 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
       ptx::stmatrix_x2_trans(row, ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
     }
   }
+  const OutputPieces<Config, kTokens> pieces(p, tile);
   ptx::barrier_sync<128>(barrier);
-  for_each_piece<kTokens>(p, tile, staging, Plan::kStagingPitch, [](uint32 from, Bf16* to) {
+  pieces.for_each(staging, Plan::kStagingPitch, [](uint32 from, Bf16* to) {
     const ptx::Words4 v = ptx::ld_shared_128(from);
     *reinterpret_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w);
   });

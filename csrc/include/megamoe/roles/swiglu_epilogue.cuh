@@ -48,10 +48,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   const uint32 weights = scales + kRowBytes, maxima = scales + 2 * kRowBytes;
   const uint32 barrier = kEpilogueBarrier + warpgroup;
   tile.share_token_scales<kTokens>(scales);
-  tile.share<kTokens>(weights, [&](uint32 i) {
-    const uint32 token = tile.thread() + i * 128;
-    return p.row_weight != nullptr && token < tile.num_tokens ? p.row_weight[tile.first_row + token] : 1.0f;
-  });
+  tile.share<kTokens>(weights, [&](uint32 i) { return tile.row_weight(p, i); });
   float gate_bias = 0.0f, up_bias = 0.0f;
   if (p.bias != nullptr) {
     const uint32 row = tile.row_block * 64 + tile.warp() * 16 + tile.lane_group();

@@ -1,0 +1,69 @@
+"""The two fp4_gemms of an MoE layer: which configs serve which number of tokens, and loading them ahead of a call."""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from megamoe.kernels import fp4_gemm, jit
+from megamoe.kernels.fp4_gemm_config import OP, Fp4GemmConfig
+from megamoe.kernels.tuning.sm90 import choose_fp4_gemm
+
+ARCH = "sm_90a"
+_loaded: set[tuple[Fp4GemmConfig, int]] = set()  # with the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEShape:
+    """What the configs of a layer depend on. `scatter`: linear 2 writes each row to an address of its own."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    num_topk: int
+    num_ranks: int
+    has_down_bias: bool
+    scatter: bool
+    num_sms: int
+
+
+@dataclass(frozen=True)
+class MoEGemms:
+    """Configs of linear 1 with its gate, and of linear 2."""
+
+    gate_up: Fp4GemmConfig
+    down: Fp4GemmConfig
+
+
+def token_bucket(num_tokens: int) -> int:
+    """The power of two that stands for `num_tokens` tokens of a rank, so that few configs serve every call."""
+    return 1 << max(0, num_tokens - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_moe_gemms(shape: MoEShape, num_tokens: int) -> MoEGemms:
+    """The configs for calls with about `num_tokens` tokens on each rank, routed evenly. Correct for any call, fast for these."""
+    num_rows = token_bucket(num_tokens) * shape.num_ranks * shape.num_topk
+    rows_per_expert = -(-num_rows // shape.num_experts)
+
+    def choose(n: int, k: int, epilogue: str) -> Fp4GemmConfig:
+        return choose_fp4_gemm(n, k, shape.num_experts // shape.num_ranks, num_rows, rows_per_expert, epilogue, shape.num_sms)
+
+    return MoEGemms(choose(2 * shape.intermediate, shape.hidden, "swiglu"),
+                    choose(shape.hidden, shape.intermediate, "store").with_output(has_bias=shape.has_down_bias, scatter=shape.scatter))
+
+
+def all_moe_gemms(shape: MoEShape, max_tokens: int) -> dict[int, MoEGemms]:
+    """By `token_bucket`, the configs of every call with up to `max_tokens` tokens."""
+    buckets = (1 << i for i in range(token_bucket(max_tokens).bit_length()))
+    return {bucket: choose_moe_gemms(shape, bucket) for bucket in buckets}
+
+
+def load_gemms(configs: frozenset[Fp4GemmConfig], device: int) -> None:
+    """Compile what the cache lacks, several kernels at once, and load all on `device`: launches then neither compile nor allocate."""
+    missing = [config for config in configs if (config, device) not in _loaded]
+    with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
+        list(pool.map(lambda config: jit.fetch(OP, fp4_gemm.source(config), ARCH), missing))
+    for config in missing:
+        jit.build(OP, config, lambda config=config: fp4_gemm.source(config), fp4_gemm.ENTRY, device)
+        _loaded.add((config, device))

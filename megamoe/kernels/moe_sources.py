@@ -1,0 +1,79 @@
+"""The kernels that move a MoE call's tokens between ranks: text, threads and parameters of csrc/include/megamoe/kernels/moe_*.cuh."""
+
+import ctypes
+from collections.abc import Sequence
+
+from megamoe.comm.device_calls import CallStateParams
+from megamoe.comm.protocol import ArenaDims, emit_struct, pack
+from megamoe.kernels import codegen
+from megamoe.kernels.launch import params_struct
+
+THREADS = {"moe_stage": 256, "moe_route": 1024, "moe_assign": 512, "moe_pull": 256, "moe_combine": 256}
+OPS = tuple(THREADS)
+CHUNK_ENTRIES = 2048  # (token, slot) entries that one block routes
+MAX_RANKS = 72  # Symm::kMaxRanks
+
+_u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
+
+
+class Symm(ctypes.Structure):
+    """csrc/include/megamoe/comm/symm.cuh: the arenas of all ranks as one of them sees them."""
+
+    _fields_ = [("base", ctypes.c_uint64), ("offsets", ctypes.c_int64 * MAX_RANKS), ("rank", _u32), ("num_ranks", _u32)]
+
+    @classmethod
+    def of(cls, rank: int, peer_ptrs: Sequence[int]) -> "Symm":
+        """`peer_ptrs`: address of every rank's arena as `rank` loads and stores it, its own included."""
+        symm = cls(base=peer_ptrs[rank], rank=rank, num_ranks=len(peer_ptrs))
+        symm.offsets[: len(peer_ptrs)] = [pointer - peer_ptrs[rank] for pointer in peer_ptrs]
+        return symm
+
+
+def _params(name: str, *members: str, **sizes: type) -> type:
+    """A parameter block: Symm and CallStateParams where named, pointers, then 32-bit sizes."""
+    kinds = {"symm": Symm, "calls": CallStateParams}
+    return params_struct(name, [*((member, kinds.get(member, _pointer)) for member in members), *sizes.items()])
+
+
+PARAMS = {
+    "moe_stage": _params("MoeStageParams", "symm", "calls", "x", "x_sf", "topk_idx", "topk_weights", "num_arrived",
+                         num_tokens=_u32, is_quantized=_u32),
+    "moe_route": _params("MoeRouteParams", "symm", "calls", "entry_expert", "chunk_rows", "offsets", "bounds", "expert_load",
+                         "num_arrived"),
+    "moe_assign": _params("MoeAssignParams", "calls", "entry_expert", "chunk_rows", "row_entry"),
+    "moe_pull": _params("MoePullParams", "symm", "row_entry", "bounds", "codes", "sf", "row_weight", "row_dst"),
+    "moe_combine": _params("MoeCombineParams", "symm", "calls", "y", num_tokens=_u32),
+}
+
+
+def num_entries(dims: ArenaDims) -> int:
+    """(token, slot) entries of all ranks at capacity, each of which may be a row here: a token may name an expert twice."""
+    return dims.num_ranks * dims.max_tokens * dims.num_topk
+
+
+def num_passes(dims: ArenaDims) -> int:
+    """Times the pool must be filled in the worst case."""
+    return -(-num_entries(dims) // dims.pool_rows)
+
+
+def num_chunks(dims: ArenaDims) -> int:
+    """Chunks of one rank's entries."""
+    return -(-dims.max_tokens * dims.num_topk // CHUNK_ENTRIES)
+
+
+def source(op: str, dims: ArenaDims) -> str:
+    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`."""
+    config = {"num_ranks": dims.num_ranks, "max_tokens": dims.max_tokens, "num_topk": dims.num_topk, "num_experts": dims.num_experts,
+              "num_local_experts": dims.num_experts // dims.num_ranks, "hidden": dims.hidden, "pool_rows": dims.pool_rows,
+              "num_passes": num_passes(dims), "chunk_entries": CHUNK_ENTRIES, "num_chunks": num_chunks(dims)}
+    params = PARAMS[op].__name__
+    arguments = "Config" if op == "moe_assign" else "Layout, Config"
+    return "\n".join([
+        f"#include <megamoe/kernels/{op}.cuh>",
+        emit_struct(pack(dims)),
+        codegen.emit_struct("Config", config),
+        f'extern "C" __global__ void __launch_bounds__({THREADS[op]}) {op}(const __grid_constant__ megamoe::{params} params) {{',
+        f"  megamoe::{op}<{arguments}>(params);",
+        "}",
+        "",
+    ])
