@@ -110,7 +110,7 @@ def _cases_of(shape: str, ops: list[str] | None) -> list[Case]:
         return [Case("dense", 1, *sizes, "exact")]
     if "dense" in (ops or ()):
         raise ValueError(f"bench_gemm: shape {shape} must have three sizes for --op dense, got four; leave out the number of groups")
-    return [Case(op, *sizes, "routing" if op == "contiguous" else "uniform") for op in ops or ["masked"]]
+    return [Case(op, *sizes, "uniform" if op == "masked" else "routing") for op in ops or ["masked"]]
 
 
 def parse_config(text: str, epilogue: str, num_groups: int) -> Fp4GemmConfig:

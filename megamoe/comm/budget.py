@@ -16,8 +16,9 @@ MIN_DEFAULT_ROWS = 16384
 def plan_dims(cfg: MoEConfig, num_ranks: int, arena_bytes: int | None = None) -> ArenaDims:
     """Choose the pool and return the arena's dims.
 
-    Without a budget the pool holds the rows of one rank's full capacity, since that is what balanced routing sends here, but at least 16384
-    rows; more skewed routing goes through it in several passes. It is never larger than the worst case needs.
+    Without a budget the pool holds the rows of one rank's full capacity, since that is what balanced routing sends here, and a 32nd more,
+    since it does so only on average; but at least 16384 rows. More skewed routing goes through it in several passes. It is never larger
+    than the worst case needs.
 
     Args:
         cfg: the layer.
@@ -31,7 +32,7 @@ def plan_dims(cfg: MoEConfig, num_ranks: int, arena_bytes: int | None = None) ->
     worst_rows = num_ranks * tokens * min(topk, cfg.num_local_experts(num_ranks))
     dims = ArenaDims(num_ranks, tokens, topk, cfg.num_experts, cfg.hidden, cfg.intermediate, cfg.precision, POOL_QUANTUM)
     if arena_bytes is None:
-        return replace(dims, pool_rows=_round_up(min(worst_rows, max(tokens * topk, MIN_DEFAULT_ROWS))))
+        return replace(dims, pool_rows=_round_up(min(worst_rows, max(tokens * topk * 33 // 32, MIN_DEFAULT_ROWS))))
     blocks = _most(_round_up(worst_rows) // POOL_QUANTUM, arena_bytes, lambda n: _num_bytes(dims, pool_rows=n * POOL_QUANTUM))
     if blocks == 0:
         raise ArenaBudgetError(_explain(dims, arena_bytes))

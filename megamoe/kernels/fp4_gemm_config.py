@@ -107,7 +107,8 @@ class Fp4GemmConfig:
         """Shared memory beside the stages: epilogue staging, values per token, group table. The kernel asserts that the sum is its own."""
         token_floats = 6 if self.epilogue == "swiglu" else 2 if self.has_bias else 1
         per_token = STAGING_PITCH + 4 * token_floats
-        num_bytes = self.num_math_warpgroups * self.max_token_tile * per_token + self.max_groups * GROUP_ENTRY_BYTES + 16
+        biases = 4 * self.tile_rows if self.has_bias else 0
+        num_bytes = self.num_math_warpgroups * self.max_token_tile * per_token + biases + self.max_groups * GROUP_ENTRY_BYTES + 16
         return _round_up(num_bytes, 16) + TILE_RING_BYTES
 
     @property

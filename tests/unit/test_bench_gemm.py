@@ -64,7 +64,7 @@ def test_selection():
     assert select(None, ["128x4096x7168", "4x7x64x96"], False) == [
         Case("dense", 1, 128, 4096, 7168, "exact"), Case("masked", 4, 7, 64, 96, "uniform")]
     assert select(["contiguous", "swiglu"], ["8x64x128x256"], False) == [
-        Case("contiguous", 8, 64, 128, 256, "routing"), Case("swiglu", 8, 64, 128, 256, "uniform")]
+        Case("contiguous", 8, 64, 128, 256, "routing"), Case("swiglu", 8, 64, 128, 256, "routing")]
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -1,6 +1,7 @@
 """Fp4GemmConfig: shared memory as the kernel lays it out, and every illegal argument refused by name."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,24 @@ def test_properties_of_one_config():
 def test_swiglu_keeps_more_values_per_token():
     store, swiglu = (Fp4GemmConfig(**GOOD, epilogue=epilogue) for epilogue in ("store", "swiglu"))
     assert swiglu.smem_bytes - store.smem_bytes == 2 * 128 * 4 * 5
+
+
+def test_outputs_keep_the_rest_of_the_config():
+    full = with_most_stages(num_math_warpgroups=3, token_tiles=(48, 88), max_groups=512)
+    scattered, biased = full.with_output(scatter=True), full.with_output(scatter=True, has_bias=True)
+    assert scattered == replace(full, scatter=True)
+    # A bias needs one float per row of the tile and a weight per token and warpgroup, and may cost stages for them.
+    assert biased.fixed_bytes - full.fixed_bytes == 4 * (192 + 3 * 88)
+    assert biased == replace(full, scatter=True, has_bias=True, num_stages=min(full.num_stages, biased.fitting_stages))
+    assert biased.with_output() == replace(full, num_stages=biased.num_stages)
+
+
+def test_two_warpgroups_with_small_tiles_load_ahead():
+    def loads_ahead(number: int, tile: int, epilogue: str = "store") -> bool:
+        return Fp4GemmConfig(num_math_warpgroups=number, token_tiles=(tile,), num_stages=2, epilogue=epilogue).loads_ahead
+
+    assert loads_ahead(2, 160) and not loads_ahead(2, 176) and not loads_ahead(3, 64) and not loads_ahead(4, 16)
+    assert loads_ahead(2, 128, "swiglu") and not loads_ahead(2, 160, "swiglu")
 
 
 @pytest.mark.parametrize("num_math_warpgroups", REGISTERS)
@@ -69,6 +88,9 @@ def test_one_stage_too_many():
     ({"max_groups": 48}, "fp4_gemm: max_groups must be a power of two, got 48; round it up"),
     ({"max_groups": 0}, "fp4_gemm: max_groups must be a power of two, got 0; round it up"),
     ({"num_stages": 1}, "fp4_gemm: num_stages must be at least 2, got 1; a ring needs two"),
+    ({"epilogue": "swiglu", "has_bias": True}, "fp4_gemm: has_bias must be False for swiglu, got True; it takes a bias as it is"),
+    ({"epilogue": "accumulate", "scatter": True}, "fp4_gemm: scatter must be False unless the epilogue is store, got True; "
+                                                  "accumulate into a tensor"),
 ])
 def test_illegal_arguments(wrong, message):
     message = message.replace("{2}", str(MAX_TOKEN_TILE["store"][2])).replace("{4}", str(MAX_TOKEN_TILE["store"][4]))

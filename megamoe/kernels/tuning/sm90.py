@@ -46,8 +46,8 @@ SPLIT_BELOW, SPLIT_BLOCKS, SPLIT_US = 0.5, 4, 2.0
 HBM_BYTES_PER_US = 4.25e6
 # Reading weights and multiplying overlap, not quite perfectly: us = (a^p + b^p)^(1/p). With p = 6 within 15 % of what was measured.
 OVERLAP_POWER = 6
-# Counts of a routed batch scatter; these multiples of the mean stand for them.
-SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)
+# Rows that are sent to groups at random scatter by the square root of their mean; these deviations, equally likely, stand for them.
+DEVIATIONS = (-1.59, -0.97, -0.59, -0.28, 0.0, 0.28, 0.59, 0.97, 1.59)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -119,7 +119,7 @@ def stage_us(num_math_warpgroups: int, tokens: int) -> float:
 def predict_us(config: Fp4GemmConfig, n: int, k: int, num_groups: int, rows: int, num_sms: int) -> float:
     """What the cost model says for `num_groups` groups of about `rows` rows. Made to rank configs, not to promise times."""
     row_tiles, k_blocks = -(-n // config.tile_rows), -(-k // BLOCK_K)
-    counts = [max(1, round(rows * f)) for f in SPREAD] if num_groups > 1 else [rows]
+    counts = [max(1, round(rows + z * math.sqrt(rows))) for z in DEVIATIONS] if num_groups > 1 else [rows]
     cuts = [token_tiles(config, count) for count in counts]
     num_tiles = num_groups * row_tiles * sum(number for number, _ in cuts) / len(cuts)
     tile_us = sum(number * (k_blocks * stage_us(config.num_math_warpgroups, tokens) + TILE_US) for number, tokens in cuts)

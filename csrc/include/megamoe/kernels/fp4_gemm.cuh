@@ -60,7 +60,8 @@ struct SmemPlan {
 
   static constexpr uint32 kStaging = Config::kStages * kStageBytes;
   static constexpr uint32 kTokenValues = kStaging + Config::kMathWarpgroups * kStagingBytes;
-  static constexpr uint32 kTable = kTokenValues + Config::kMathWarpgroups * kTokenFloats * kMaxTokens * 4;
+  static constexpr uint32 kBiases = kTokenValues + Config::kMathWarpgroups * kTokenFloats * kMaxTokens * 4;  // one per row of the tile
+  static constexpr uint32 kTable = kBiases + (Config::kHasBias ? Config::kMathWarpgroups * 64 * 4 : 0);
   static constexpr uint32 kTiles = round_up(kTable + sizeof(GroupTable<Config>), 16);
   static constexpr uint32 kTileBarriers = kTiles + kTileSlots * sizeof(Tile);
   static constexpr uint32 kBarriers = kTileBarriers + TilePipeline::kBarrierBytes;

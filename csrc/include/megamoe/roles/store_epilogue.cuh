@@ -98,10 +98,14 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
   using Plan = SmemPlan<Config>;
   const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
   const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * Plan::kMaxTokens * 4;
+  const uint32 weights = scales + Plan::kMaxTokens * 4, biases = base + Plan::kBiases + warpgroup * 64 * 4;
   const uint32 barrier = kEpilogueBarrier + warpgroup;
-  const uint32 weights = scales + Plan::kMaxTokens * 4;
   tile.share_token_scales<kTokens>(scales);
-  if constexpr (Config::kHasBias) tile.share<kTokens>(weights, [&](uint32 i) { return tile.row_weight(p, i); });
+  if constexpr (Config::kHasBias) {
+    tile.share<kTokens>(weights, [&](uint32 i) { return tile.row_weight(p, i); });
+    const uint32 row = tile.row_block * 64 + tile.thread();
+    if (tile.thread() < 64) ptx::st_shared_float(biases + tile.thread() * 4, row < p.n ? p.bias[uint64(tile.group) * p.n + row] : 0.0f);
+  }
   // After this barrier the scales are there and the warpgroup has finished reading the staging of its last tile.
   ptx::barrier_sync<128>(barrier);
   if constexpr (Config::kAccumulate) {
@@ -112,12 +116,11 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
     ptx::barrier_sync<128>(barrier);
   }
   const float upper = tile.row_scale(0), lower = tile.row_scale(1);
-  float bias[2] = {};  // of this thread's upper and lower row; fetched here, since a register more in the main loop spills
+  float bias[2];  // of this thread's upper and lower row
   if constexpr (Config::kHasBias) {
-    const uint32 row = tile.row_block * 64 + tile.warp() * 16 + tile.lane_group();
+    const uint32 row = tile.warp() * 16 + tile.lane_group();
 #pragma unroll
-    for (uint32 i = 0; i < 2; ++i)
-      if (row + 8 * i < p.n) bias[i] = p.bias[uint64(tile.group) * p.n + row + 8 * i];
+    for (uint32 i = 0; i < 2; ++i) bias[i] = ptx::ld_shared_float(biases + (row + 8 * i) * 4);
   }
   const uint32 lane = tile.thread() % 32;
   // Row of the 8x8 matrices that this lane addresses: token lane % 8, channels 0-7 of the warp for lanes 0-7 and 8-15 for lanes 8-15.
