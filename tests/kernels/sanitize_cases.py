@@ -11,6 +11,7 @@ import megamoe
 from megamoe.formats import layout_sm90, quantize_fp4, quantize_tokens
 from megamoe.kernels.fp4_gemm import fp4_gemm
 from megamoe.kernels.fp4_gemm_config import with_most_stages
+from tests.kernels.moe_ranks import DIMS, VirtualRanks, make_inputs
 
 # Warpgroups, token tiles, epilogue; K = 1056 is two promotions and a tail of K, and few tiles, which are cut along K.
 CONFIGS = ((2, (16, 64), "store"), (2, (176,), "store"), (3, (48,), "accumulate"), (4, (8, 48), "store"), (3, (24, 72), "swiglu"))
@@ -60,6 +61,41 @@ def run_ops() -> None:
             print(f"grouped_gemm, grouped_gemm_swiglu: group {kind}, {name}")
 
 
+def run_elementwise() -> None:
+    x = torch.randn(37, 2 * 96, device="cuda").bfloat16()
+    x[3, 5], x[4, 7] = torch.nan, torch.inf
+    index = torch.tensor([[0, 36], [-1, 5], [99, -7]], device="cuda")
+    for group in (32, 128, "token"):
+        megamoe.quantize_tokens(x, group)
+        megamoe.swiglu_quantize(x, limit=1.0, group=group)
+    megamoe.unpermute_tokens(megamoe.permute_tokens(x, index.flatten()), index)
+    drop_reports()
+    print("elementwise")
+
+
+def run_dispatch() -> None:
+    """Three ranks on one GPU up to their rows; one rank, whose calls end too, through whole layers, also with several passes and a bias."""
+    ranks = VirtualRanks(DIMS)
+    for rank in range(DIMS.num_ranks):
+        ranks.stage(rank, make_inputs(DIMS, 5 * rank, rank))
+    for rank in range(DIMS.num_ranks):
+        ranks.run_experts(rank)
+    cfg = megamoe.MoEConfig(hidden=96, intermediate=64, num_experts=5, num_topk=3, max_tokens_per_rank=40, swiglu_limit=2.0)
+    for arena_bytes, bias in ((None, None), (55_000, torch.randn(5, 96, device="cuda"))):
+        layer = megamoe.MegaMoE(cfg, device="cuda", engine="unfused", arena_bytes=arena_bytes)
+        weights = (torch.randn(5, *shape, device="cuda").bfloat16() for shape in ((128, 96), (96, 64)))
+        layer.load_experts(*weights, down_bias=bias)
+        for num_tokens in (0, 1, 40):
+            topk_idx = torch.randint(-2, 6, (num_tokens, 3), device="cuda")
+            layer(torch.randn(num_tokens, 96, device="cuda").bfloat16(), topk_idx, torch.rand(num_tokens, 3, device="cuda"))
+            with contextlib.suppress(ValueError):
+                layer.check()
+        print(repr(layer))
+        layer.close()
+
+
 if __name__ == "__main__":
     run_configs()
     run_ops()
+    run_elementwise()
+    run_dispatch()
