@@ -105,12 +105,13 @@ def _backends(device: torch.device) -> Rows:
         chosen = _choose_backend(name, 1 if name == "local" else num_ranks, device)
         rows.append((f"backend {name!r}", "available" if chosen == name else chosen))
     alone, together = (_choose_backend("auto", ranks, device) for ranks in (1, num_ranks))
-    return [*rows, ("backend 'auto'", f"{alone} for 1 rank, {together} for {num_ranks} ranks, because the device is {device}")]
+    across = f" ({_choose_backend('auto', num_ranks, device, (0,))} across NVLink domains)" if device.type == "cuda" else ""
+    return [*rows, ("backend 'auto'", f"{alone} for 1 rank, {together} for {num_ranks} ranks{across}, because the device is {device}")]
 
 
-def _choose_backend(requested: str, num_ranks: int, device: torch.device) -> str:
-    """The backend chosen for ranks that reach each other's memory, or why there is none."""
-    topology = Topology(rank=0, num_ranks=num_ranks, nvlink_ranks=tuple(range(num_ranks)))
+def _choose_backend(requested: str, num_ranks: int, device: torch.device, nvlink_ranks: tuple[int, ...] | None = None) -> str:
+    """The backend chosen, or why there is none; for ranks that reach each other's memory where nvlink_ranks does not say otherwise."""
+    topology = Topology(rank=0, num_ranks=num_ranks, nvlink_ranks=tuple(range(num_ranks)) if nvlink_ranks is None else nvlink_ranks)
     try:
         return backends.choose(requested, topology, device)
     except EngineUnavailableError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 _PREFIX = "MEGAMOE_"
-TRANSPORTS = ("auto", "arena", "nccl")
+TRANSPORTS = ("auto", "arena", "nccl", "deep_ep")
 
 
 def _expand(text: str) -> Path:
@@ -28,7 +28,7 @@ class Env:
     shm_dir: Path = Path("/dev/shm")
     """MEGAMOE_SHM_DIR: the tmpfs in which CPU ranks create their arena."""
     transport: str = "auto"
-    """MEGAMOE_TRANSPORT: how the unfused engine moves tokens: auto, arena (kernels over peer pointers) or nccl (all-to-all)."""
+    """MEGAMOE_TRANSPORT: how the unfused engine moves tokens: auto, arena (kernels over peer pointers), nccl (all-to-all) or deep_ep."""
 
 
 def _parse(name: str, kind: type, text: str) -> object:

@@ -16,11 +16,10 @@ from megamoe.comm.backends import Backend
 from megamoe.comm.budget import plan_dims
 from megamoe.comm.calls import Calls
 from megamoe.comm.device_calls import DeviceCalls
-from megamoe.comm.protocol import SIGNALS, ArenaDims, Layout, pack
-from megamoe.comm.signals import DeviceWords, HostWords
+from megamoe.comm.protocol import ArenaDims, Layout, pack
 from megamoe.comm.topology import Topology
 from megamoe.config import MoEConfig
-from megamoe.errors import EngineUnavailableError, PeerTimeoutError, check
+from megamoe.errors import ArenaError, EngineUnavailableError, PeerTimeoutError, check
 
 T = TypeVar("T")
 
@@ -34,18 +33,17 @@ _SHARED_DIMS = {"hidden": "hidden", "intermediate": "intermediate", "num_experts
 class Arena(Calls):
     """One rank's end of the arena. Create it with `Arena.create`; share it between layers of the same shape.
 
-    Beside what `Calls` has: `peer_ptrs` are the addresses of every rank's memory as this rank loads and stores it; `device_calls` is what
-    kernels drive the calls by, None where the host does; `num_calls` [] int64 on the CPU counts calls, since an operator that mutates it is
-    neither reordered nor dropped by a compiler.
+    Beside what `Calls` has: `peer_ptrs` are the addresses of every rank's memory as this rank loads and stores it, 0 for a peer whose
+    memory is not mapped; `is_mapped` says whether all are; `device_calls` is what kernels drive the calls by, None where the host does;
+    `num_calls` [] int64 on the CPU counts calls, since an operator that mutates it is neither reordered nor dropped by a compiler.
     """
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup | None, layout: Layout, memory: Backend, device: torch.device,
                  timeout_s: float):
-        words = HostWords if device.type == "cpu" else DeviceWords
-        arenas = [memory.peer(peer) for peer in range(topology.num_ranks)]
-        super().__init__(words(layout, arenas, topology.rank), topology.rank, topology.num_ranks, timeout_s)
+        super().__init__(backends.signal_words(memory, topology, layout, timeout_s), topology.rank, topology.num_ranks, timeout_s)
         self.topology, self.group, self.layout, self.device = topology, group, layout, device
         self.backend, self.peer_ptrs, self._memory = memory.name, memory.peer_ptrs, memory
+        self.is_mapped = memory.words is None
         self.num_calls = torch.zeros((), dtype=torch.int64)
         self.device_calls: DeviceCalls | None = None
         self._reported: PeerTimeoutError | None = None  # by the device, not raised yet
@@ -61,7 +59,8 @@ class Arena(Calls):
             cfg: the layers that will use it.
             group: the EP group; None is the default group, or a world of one where torch.distributed is not initialised.
             device: where the memory lives.
-            backend: "auto", "local" (one rank), "shm" (CPU), "torch" or "nvshmem" (CUDA).
+            backend: "auto", "local" (one rank), "shm" (CPU), "torch" or "nvshmem" (CUDA), or "unmapped" for ranks that cannot reach each
+                other's memory, which "auto" takes for GPUs of several NVLink domains.
             arena_bytes: most bytes this rank may spend; a smaller pool makes skewed routing slower, never wrong. None: a default pool.
             timeout_s: deadline of every wait, in seconds.
         Raises:
@@ -114,8 +113,11 @@ class Arena(Calls):
         return self.peer_view(self.rank, name)
 
     def peer_view(self, rank: int, name: str) -> torch.Tensor:
-        """Region `name` in the memory of `rank`, which may be our own. Raises ArenaError once the arena is closed."""
+        """Region `name` in the memory of `rank`, which may be our own. Raises ArenaError where none is mapped and once closed."""
         self._check_open()
+        if rank != self.rank and not self.is_mapped:
+            raise ArenaError(f"Arena: rank of peer_view must be {self.rank}, this rank, got {rank}; backend {self.backend!r} maps no peer's "
+                             "memory: send and receive instead")
         return self.layout.view(name, self._memory.peer(rank))
 
     @property
@@ -199,9 +201,7 @@ class Arena(Calls):
         # INVARIANT: an odd step count means that this rank has zeroed its words but not yet seen that all others have.
         if self._num_reset_steps % 2 == 0:
             self._meet_for_reset()  # every rank has left its call, so no signal of it is still under way
-            for signal in SIGNALS:
-                if signal != "reset":
-                    self.view(signal).zero_()
+            self._words.clear()
             self._start_over()
             self._reported = None
             if self.device_calls is not None:

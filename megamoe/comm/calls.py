@@ -71,10 +71,22 @@ class Calls:
         def ready() -> bool:
             if self._words.poll(signal, peer) >= value:
                 return True
-            self._raise_if_aborted(phase)
+            self.raise_if_aborted(phase)
             return False
 
         self._wait(ready, signal, peer, value, phase, self.timeout_s)
+
+    def raise_if_aborted(self, phase: str) -> None:
+        """Raise PeerTimeoutError if a peer has aborted the current call. For a rank that goes where no peer can wake it. Sync: as `wait`.
+        """
+        for peer in range(self.num_ranks):
+            word = self._words.poll("abort", peer)
+            if word == 0 or not (abort := Abort.from_word(word)).ends(self.epoch):
+                continue
+            text = abort.describe(self.rank, peer, phase)
+            if abort.reason == AbortReason.REFUSED:
+                raise PeerTimeoutError(text, peer=peer, phase=phase)
+            self._fail(text, peer if abort.culprit == self.rank else abort.culprit, phase)
 
     def post_abort(self, reason: AbortReason = AbortReason.FAILED, culprit: int | None = None) -> None:
         """Make the waits of every peer fail. `culprit` is the rank at fault, this one by default."""
@@ -119,16 +131,6 @@ class Calls:
             if signal != "reset":  # a peer that has joined may have cleared its abort words already
                 self.post_abort(AbortReason.PEER_TIMEOUT, peer)
             self._fail(describe_timeout(self.rank, signal, peer, deadline_s, phase, value, got), peer, phase)
-
-    def _raise_if_aborted(self, phase: str) -> None:
-        for peer in range(self.num_ranks):
-            word = self._words.poll("abort", peer)
-            if word == 0 or not (abort := Abort.from_word(word)).ends(self.epoch):
-                continue
-            text = abort.describe(self.rank, peer, phase)
-            if abort.reason == AbortReason.REFUSED:
-                raise PeerTimeoutError(text, peer=peer, phase=phase)
-            self._fail(text, peer if abort.culprit == self.rank else abort.culprit, phase)
 
     def _fail(self, text: str, peer: int, phase: str) -> None:
         self._failure = text

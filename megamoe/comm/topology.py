@@ -16,7 +16,7 @@ class Topology:
     Args:
         rank: this rank in the group.
         num_ranks: size W of the group.
-        nvlink_ranks: ranks in load/store reach, this one included, ascending. On the CPU: the ranks of this host.
+        nvlink_ranks: ranks in load/store reach of each other, this one included, ascending. On the CPU: the ranks of this host.
     """
 
     rank: int
@@ -25,6 +25,7 @@ class Topology:
 
     @property
     def is_one_domain(self) -> bool:
+        """Whether all ranks reach each other's memory; every rank has the same answer."""
         return len(self.nvlink_ranks) == self.num_ranks
 
     @classmethod
@@ -40,8 +41,10 @@ class Topology:
         device = torch.device(device)
         homes = gather(group, (socket.gethostname(), _uuid(device)))
         host = homes[rank][0]
-        reachable = (r for r, (peer_host, uuid) in enumerate(homes) if peer_host == host and (r == rank or _can_access(device, uuid)))
-        return cls(rank, num_ranks, tuple(reachable))
+        reachable = tuple(r for r, (peer_host, uuid) in enumerate(homes) if peer_host == host and (r == rank or _can_access(device, uuid)))
+        # Reach need not be mutual, as far as each rank can tell: a domain is what its members agree on.
+        domains = gather(group, reachable)
+        return cls(rank, num_ranks, tuple(r for r in reachable if domains[r] == reachable))
 
 
 def _uuid(device: torch.device) -> str | None:

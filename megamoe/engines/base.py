@@ -10,6 +10,7 @@ from megamoe.formats import ExpertWeights
 
 ENGINES = ("reference", "unfused")
 _HOPPER = (9, 0)
+_NEEDS_MAPPED = "loads and stores the memory of peers, which backend 'unmapped' does not map"
 
 
 @dataclass
@@ -45,11 +46,26 @@ class Engine(Protocol):
                 expert_load: torch.Tensor) -> torch.Tensor: ...
 
 
-def choose_engine(requested: str, device: torch.device | str, precision: str) -> tuple[str, str]:
-    """Return (engine, reason) for `requested`. Raises EngineUnavailableError for one that cannot run here."""
+def choose_engine(requested: str, device: torch.device | str, precision: str, is_mapped: bool = True) -> tuple[str, str]:
+    """Choose for ranks that run the same layer.
+
+    Args:
+        requested: "auto" or an engine.
+        device, precision: of the layer.
+        is_mapped: whether the ranks reach each other's memory, as `Arena.is_mapped` has it.
+    Returns:
+        (engine, reason).
+    Raises:
+        EngineUnavailableError: it cannot run here, or for "auto" none can.
+    """
     if requested not in ("auto", *ENGINES):
         raise EngineUnavailableError(f"MegaMoE: engine must be one of {('auto', *ENGINES)}, got {requested!r}; pass engine='auto'")
     obstacle = why_not_unfused(torch.device(device), precision)
+    if not is_mapped and requested == "reference":
+        raise EngineUnavailableError(f"MegaMoE: engine 'reference' cannot run here: it {_NEEDS_MAPPED}; pass engine='auto'")
+    if not is_mapped and requested == "auto" and obstacle is not None:
+        raise EngineUnavailableError(f"MegaMoE: no engine can run here: reference {_NEEDS_MAPPED}, and unfused {obstacle}; use a group "
+                                     "whose ranks are in one NVLink domain, or on the CPU on one host")
     if requested == "auto":
         return ("unfused", "the fastest one here") if obstacle is None else ("reference", f"unfused {obstacle}")
     if requested == "unfused" and obstacle is not None:

@@ -29,7 +29,7 @@ class MegaMoE(nn.Module):
         group: process group of the EP ranks. None: the default group, or a single rank if torch.distributed is not initialised.
         device: where tokens, weights and arena live.
         engine: "auto" or the name of an engine; `repr` shows which one runs and why.
-        backend: symmetric memory of the arena: "auto", "local", "shm", "torch" or "nvshmem".
+        backend: symmetric memory of the arena: "auto", "local", "shm", "torch", "nvshmem" or "unmapped".
         arena: share the arena of another layer of the same shape (`other.arena`) instead of creating one.
         arena_bytes: byte budget of the arena of this rank; a smaller one makes skewed routing slower, never wrong.
         timeout_s: deadline in seconds of every wait for a peer.
@@ -170,7 +170,7 @@ class MegaMoE(nn.Module):
         """A shared arena fixes the sizes; everything else about the layer must match between ranks too. Returns the engine and why."""
         engine, reason, name, error = None, "", "", None if self._owns_arena else self.arena.mismatch(self.cfg)
         try:
-            name, reason = choose_engine(requested, self.arena.device, self.cfg.precision)
+            name, reason = choose_engine(requested, self.arena.device, self.cfg.precision, self.arena.is_mapped)
         except EngineUnavailableError as caught:
             error = caught
         agree(self.arena.group, OP, {**self.cfg.as_dict(), "engine": requested, "chosen engine": name}, error)

@@ -131,7 +131,7 @@ def test_a_failure_of_every_rank_is_raised_as_it_is(rank_pool):
 
 
 @pytest.mark.parametrize("backend, message", (
-    ("pigeon", "Arena: backend must be one of ('auto', 'local', 'shm', 'torch', 'nvshmem'), got 'pigeon'; pick one of them"),
+    ("pigeon", "Arena: backend must be one of ('auto', 'local', 'shm', 'torch', 'nvshmem', 'unmapped'), got 'pigeon'; pick one of them"),
     ("local", "Arena: backend 'local' cannot run here: it serves one rank and the group has 2; use 'auto'"),
     ("torch", "Arena: backend 'torch' cannot run here: it holds GPU memory and the device is cpu; use 'shm'"),
     ("nvshmem", "Arena: backend 'nvshmem' cannot run here: it holds GPU memory and the device is cpu; use 'shm'"),

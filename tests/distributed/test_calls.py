@@ -15,6 +15,8 @@ CFG = MoEConfig(hidden=64, intermediate=32, num_experts=12, num_topk=2, max_toke
 ROUNDS = 200
 MODULUS = 2**61 - 1
 
+every_backend = pytest.mark.parametrize("backend", ("shm", "unmapped"))
+
 
 def payload(rank: int, epoch: int) -> int:
     return (epoch * 7919 + rank * 104729 + 1) % 65537
@@ -57,9 +59,9 @@ def test_signals_order_memory(rank_pool):
     assert rank_pool(3).run(run_fold) == [(expected, 0)] * 3
 
 
-def run_silent(rank: int, num_ranks: int):
+def run_silent(rank: int, num_ranks: int, backend: str):
     """Rank 1 posts epoch 2 and then nothing; rank 0 waits for epoch 3."""
-    arena = Arena.create(CFG, timeout_s=0.3)
+    arena = Arena.create(CFG, backend=backend, timeout_s=0.3)
     if rank == 1:
         arena.post(0, "inputs_ready", 2)
         time.sleep(1.0)
@@ -72,8 +74,9 @@ def run_silent(rank: int, num_ranks: int):
     return None
 
 
-def test_a_silent_peer_is_named(rank_pool):
-    message, peer, phase, waited = rank_pool(2).run(run_silent)[0]
+@every_backend
+def test_a_silent_peer_is_named(rank_pool, backend):
+    message, peer, phase, waited = rank_pool(2).run(run_silent, backend)[0]
     assert message == ("rank 0: no inputs_ready from rank 1 within 0.3 s in dispatch (expected epoch 3, got 2); rank 1 is silent: see its "
                        "log, then restart it or call reset() on every rank")
     assert (peer, phase) == (1, "dispatch") and 0.3 <= waited < 2.0
@@ -104,8 +107,8 @@ def one_call(arena: Arena, error_before: Exception | None = None, error_after: E
     return None
 
 
-def run_killed(rank: int, num_ranks: int):
-    arena = Arena.create(CFG, timeout_s=0.5)
+def run_killed(rank: int, num_ranks: int, backend: str):
+    arena = Arena.create(CFG, backend=backend, timeout_s=0.5)
     one_call(arena)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -113,17 +116,18 @@ def run_killed(rank: int, num_ranks: int):
     return one_call(arena), time.monotonic() - begin
 
 
-def test_a_killed_rank_is_named_by_all_survivors(rank_pool):
-    survivors = rank_pool(3).run_until_death(run_killed, expected_dead=(1,))
+@every_backend
+def test_a_killed_rank_is_named_by_all_survivors(rank_pool, backend):
+    survivors = rank_pool(3).run_until_death(run_killed, backend, expected_dead=(1,))
     assert set(survivors) == {0, 2}
     for rank, ((message, peer), waited) in survivors.items():
         assert peer == 1 and message.startswith(f"rank {rank}: ") and "rank 1" in message and "silent" in message
         assert waited < 5.0
 
 
-def run_refusals(rank: int, num_ranks: int):
+def run_refusals(rank: int, num_ranks: int, backend: str):
     """Twenty calls; in every third one some rank refuses its arguments, one rank is always late."""
-    with Arena.create(CFG, timeout_s=10.0) as arena:
+    with Arena.create(CFG, backend=backend, timeout_s=10.0) as arena:
         outcomes = []
         for call in range(20):
             if call % num_ranks == rank:
@@ -133,8 +137,9 @@ def run_refusals(rank: int, num_ranks: int):
         return outcomes
 
 
-def test_a_refused_call_costs_that_call_only(rank_pool):
-    for rank, outcomes in enumerate(rank_pool(3).run(run_refusals)):
+@every_backend
+def test_a_refused_call_costs_that_call_only(rank_pool, backend):
+    for rank, outcomes in enumerate(rank_pool(3).run(run_refusals, backend)):
         for call, outcome in enumerate(outcomes):
             refuser = call // 3 % 3 if call % 3 == 0 else None
             if refuser in (None, rank):
@@ -144,8 +149,8 @@ def test_a_refused_call_costs_that_call_only(rank_pool):
                                    f"the error of rank {refuser}: this call is lost, the next one works", refuser)
 
 
-def run_failure_and_reset(rank: int, num_ranks: int):
-    with Arena.create(CFG, timeout_s=10.0) as arena:
+def run_failure_and_reset(rank: int, num_ranks: int, backend: str):
+    with Arena.create(CFG, backend=backend, timeout_s=10.0) as arena:
         one_call(arena)
         begin = time.monotonic()
         failed = one_call(arena, error_after=RuntimeError("out of memory") if rank == 1 else None)
@@ -153,7 +158,8 @@ def run_failure_and_reset(rank: int, num_ranks: int):
         with pytest.raises(RuntimeError) as unusable:
             arena.begin_call()
         arena.reset()
-        words_are_zero = not any(arena.view(name).any() for name in ("inputs_ready", "combine_ready", "abort"))
+        words_are_zero = not any(arena._words.poll(name, src) for name in ("inputs_ready", "combine_ready", "abort")
+                                 for src in range(num_ranks))
         arena.barrier()
         epoch = arena.epoch
         works = [one_call(arena) for _ in range(5)] == [None] * 5
@@ -161,8 +167,9 @@ def run_failure_and_reset(rank: int, num_ranks: int):
         return failed, waited, str(unusable.value), words_are_zero, epoch, works
 
 
-def test_a_failed_call_needs_a_reset(rank_pool):
-    for rank, (failed, waited, unusable, words_are_zero, epoch, works) in enumerate(rank_pool(3).run(run_failure_and_reset)):
+@every_backend
+def test_a_failed_call_needs_a_reset(rank_pool, backend):
+    for rank, (failed, waited, unusable, words_are_zero, epoch, works) in enumerate(rank_pool(3).run(run_failure_and_reset, backend)):
         text = (f"rank {rank}: rank 1 aborted (it failed in mid-call) while this rank was in combine; see the error of rank 1, then call "
                 "reset() on every rank")
         assert failed == (None if rank == 1 else (text, 1))
@@ -172,9 +179,9 @@ def test_a_failed_call_needs_a_reset(rank_pool):
         assert words_are_zero and epoch == 0 and works
 
 
-def run_late_reset(rank: int, num_ranks: int):
+def run_late_reset(rank: int, num_ranks: int, backend: str):
     """Rank 1 joins the reset so late that rank 0's first attempt times out; its second one completes the same reset."""
-    arena = Arena.create(CFG, timeout_s=0.2)
+    arena = Arena.create(CFG, backend=backend, timeout_s=0.2)
     one_call(arena)
     attempts = []
     if rank == 1:
@@ -190,16 +197,17 @@ def run_late_reset(rank: int, num_ranks: int):
     return attempts, works
 
 
-def test_a_reset_can_be_repeated(rank_pool):
-    (first, works0), (_, works1) = rank_pool(2).run(run_late_reset)
+@every_backend
+def test_a_reset_can_be_repeated(rank_pool, backend):
+    (first, works0), (_, works1) = rank_pool(2).run(run_late_reset, backend)
     assert first[0] == ("rank 0: no reset from rank 1 within 0.4 s in reset (expected epoch 1, got 0); rank 1 is silent: see its log, then "
                         "restart it or call reset() on every rank", 1)
     assert works0 and works1
 
 
-def run_reset_that_stalls_halfway(rank: int, num_ranks: int):
+def run_reset_that_stalls_halfway(rank: int, num_ranks: int, backend: str):
     """Rank 1 joins a reset, zeroes its words and stalls; rank 0 has zeroed its own by then and must not do so again."""
-    arena = Arena.create(CFG, timeout_s=0.2)
+    arena = Arena.create(CFG, backend=backend, timeout_s=0.2)
     one_call(arena)
     meet, num_meetings = arena._meet_for_reset, []
 
@@ -222,13 +230,14 @@ def run_reset_that_stalls_halfway(rank: int, num_ranks: int):
     return num_attempts, [one_call(arena) for _ in range(3)], arena.epoch
 
 
-def test_a_reset_resumes_where_it_stopped(rank_pool):
-    (attempts, *works), (_, *peer_works) = rank_pool(2).run(run_reset_that_stalls_halfway)
+@every_backend
+def test_a_reset_resumes_where_it_stopped(rank_pool, backend):
+    (attempts, *works), (_, *peer_works) = rank_pool(2).run(run_reset_that_stalls_halfway, backend)
     assert attempts > 1 and works == peer_works == [[None] * 3, 3]
 
 
-def run_abort(rank: int, num_ranks: int):
-    with Arena.create(CFG, timeout_s=10.0) as arena:
+def run_abort(rank: int, num_ranks: int, backend: str):
+    with Arena.create(CFG, backend=backend, timeout_s=10.0) as arena:
         arena.barrier()
         if rank == 2:
             arena.post_abort(AbortReason.PEER_TIMEOUT, culprit=1)
@@ -239,8 +248,9 @@ def run_abort(rank: int, num_ranks: int):
         return str(caught.value), caught.value.peer, time.monotonic() - begin
 
 
-def test_an_abort_names_the_rank_at_fault(rank_pool):
-    (message, peer, waited), (_, accused_blames, _), _ = rank_pool(3).run(run_abort)
+@every_backend
+def test_an_abort_names_the_rank_at_fault(rank_pool, backend):
+    (message, peer, waited), (_, accused_blames, _), _ = rank_pool(3).run(run_abort, backend)
     assert message == ("rank 0: rank 2 aborted (rank 1 was silent) while this rank was in dispatch; see the log of rank 1, then restart it "
                        "or call reset() on every rank")
     assert peer == 1 and accused_blames == 2 and waited < 2.0

@@ -1,5 +1,7 @@
 """NcclTransport on CPU ranks (gloo has the same collectives): what arrives, in which order, and that results find their way back."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -42,34 +44,46 @@ def test_passes_cut_the_expert_order(pool_rows):
         assert arrived == whole
 
 
-def case(pool_bytes: int | None) -> LayerCase:
+@dataclass(frozen=True)
+class ExchangeCase(LayerCase):
+    def inputs(self, rank: int) -> tuple[torch.Tensor, ...]:
+        x, topk_idx, topk_weights = rank_inputs(self, rank)
+        topk_idx[topk_idx == 5] = 6  # out of range: skipped
+        return x, topk_idx, topk_weights
+
+
+def case(pool_bytes: int | None) -> ExchangeCase:
     cfg = MoEConfig(hidden=64, intermediate=32, num_experts=6, num_topk=3, max_tokens_per_rank=160)
-    return LayerCase(cfg=cfg, tokens_per_rank=(160, 0, 70), routing="skips", arena_bytes=pool_bytes)
+    return ExchangeCase(cfg=cfg, tokens_per_rank=(160, 0, 70), routing="skips", arena_bytes=pool_bytes)
 
 
-def run_exchange(rank: int, num_ranks: int, this: LayerCase):
-    """An expert that gives back twice its token times the weight, so that every step of the way shows in the result."""
-    x, topk_idx, topk_weights = rank_inputs(this, rank)
-    topk_idx[topk_idx == 5] = 6  # out of range: skipped
-    with Arena.create(this.cfg, arena_bytes=this.arena_bytes, timeout_s=10.0) as arena:
+def exchange_tokens(transport: NcclTransport, x, topk_idx, topk_weights, num_experts: int) -> tuple[torch.Tensor, list[int]]:
+    """A call with an expert that gives back twice its token times the weight, so that every step of the way shows in y. (y, load)"""
+    load = torch.zeros(num_experts // 3, dtype=torch.int64)
+    transport.dispatch(x, None, topk_idx, topk_weights, load)
+    num_rows = 0
+    for p in range(transport.num_passes):
+        rows = transport.rows(p)
+        (begin, end), = rows.bounds.tolist()
+        assert begin == 0 and rows.offsets[0] == 0 and rows.offsets[-1] == end <= len(rows.codes)
+        scale = torch.exp2(rows.sf.float() - 127)[:, None]
+        rows.out.fill_(torch.nan)
+        rows.out[:end] = (2 * rows.codes.float() * scale * rows.row_weight[:, None])[:end].bfloat16()
+        transport.push(rows)
+        num_rows += end
+    y = torch.full(x.shape, torch.nan, dtype=torch.bfloat16)
+    transport.finish(y)
+    assert load.sum() == num_rows
+    return y, load.tolist()
+
+
+def run_exchange(rank: int, num_ranks: int, this: ExchangeCase, backend: str):
+    x, topk_idx, topk_weights = this.inputs(rank)
+    with Arena.create(this.cfg, backend=backend, arena_bytes=this.arena_bytes, timeout_s=10.0) as arena:
         transport = NcclTransport(this.cfg, arena)
         arena.view("partials").view(torch.uint8).fill_(0xFF)
-        load = torch.zeros(2, dtype=torch.int64)
         arena.begin_call()
-        transport.dispatch(x, None, topk_idx, topk_weights, load)
-        num_rows = 0
-        for p in range(transport.num_passes):
-            rows = transport.rows(p)
-            (begin, end), = rows.bounds.tolist()
-            assert begin == 0 and rows.offsets[0] == 0 and rows.offsets[-1] == end <= arena.dims.pool_rows
-            scale = torch.exp2(rows.sf.float() - 127)[:, None]
-            rows.out.fill_(torch.nan)
-            rows.out[:end] = (2 * rows.codes.float() * scale * rows.row_weight[:, None])[:end].bfloat16()
-            transport.push(rows)
-            num_rows += end
-        y = torch.full(x.shape, torch.nan, dtype=torch.bfloat16)
-        transport.finish(y)
-        assert load.sum() == num_rows
+        y, load = exchange_tokens(transport, x, topk_idx, topk_weights, num_experts=6)
         tokens = fold_tokens(quantize_tokens(x, 32)).dequantize()
         is_routed = (topk_idx >= 0) & (topk_idx < 6)
         expected = torch.zeros(x.shape)
@@ -77,11 +91,12 @@ def run_exchange(rank: int, num_ranks: int, this: LayerCase):
             partial = (2 * tokens * topk_weights[:, slot, None]).bfloat16().float()
             expected += torch.where(is_routed[:, slot, None], partial, 0.0)
         assert torch.equal(y, expected.bfloat16())
-        return transport.num_passes, load.tolist(), torch.bincount(topk_idx[is_routed], minlength=6).tolist()
+        return transport.num_passes, load, torch.bincount(topk_idx[is_routed], minlength=6).tolist()
 
 
+@pytest.mark.parametrize("backend", ("shm", "unmapped"))
 @pytest.mark.parametrize("pool_bytes, least", ((None, 1), (94_000, 2)))
-def test_rows_come_back_to_their_slots(rank_pool, pool_bytes, least):
-    results = rank_pool(3).run(run_exchange, case(pool_bytes))
+def test_rows_come_back_to_their_slots(rank_pool, pool_bytes, least, backend):
+    results = rank_pool(3).run(run_exchange, case(pool_bytes), backend)
     assert {passes for passes, _, _ in results} == {results[0][0]} and results[0][0] >= least
     assert [n for _, load, _ in results for n in load] == torch.tensor([sent for _, _, sent in results]).sum(0).tolist()

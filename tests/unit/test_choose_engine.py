@@ -41,6 +41,20 @@ def test_elsewhere_auto_is_reference_and_unfused_says_why_not(gpu, device, preci
         choose_engine("unfused", device, precision)
 
 
+def test_ranks_whose_memory_is_not_mapped(gpu):
+    gpu(9, 0)
+    needs = "loads and stores the memory of peers, which backend 'unmapped' does not map"
+    assert choose_engine("auto", "cuda:0", "fp8xfp4", is_mapped=False) == ("unfused", "the fastest one here")
+    assert choose_engine("unfused", "cuda:0", "fp8xfp4", is_mapped=False) == ("unfused", "requested")
+    message = f"MegaMoE: engine 'reference' cannot run here: it {needs}; pass engine='auto'"
+    with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
+        choose_engine("reference", "cuda:0", "fp8xfp4", is_mapped=False)
+    message = (f"MegaMoE: no engine can run here: reference {needs}, and unfused computes fp8xfp4, not bf16; use a group whose ranks are "
+               "in one NVLink domain, or on the CPU on one host")
+    with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
+        choose_engine("auto", "cuda:0", "bf16", is_mapped=False)
+
+
 def test_a_layer_that_cannot_have_its_engine():
     message = "MegaMoE: engine 'unfused' cannot run here: it needs a Hopper GPU, not device cpu; pass engine='auto'"
     with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):

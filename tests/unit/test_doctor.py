@@ -34,12 +34,20 @@ def test_without_a_gpu():
     found = rows()
     assert found["GPU"] == "none visible: layers run on the CPU"
     assert "peer access" not in found
-    assert found["backend 'local'"] == found["backend 'shm'"] == "available"
+    assert found["backend 'local'"] == found["backend 'shm'"] == found["backend 'unmapped'"] == "available"
     assert found["backend 'torch'"].startswith("cannot run here: ") and found["backend 'nvshmem'"].startswith("cannot run here: ")
     assert found["backend 'auto'"] == "local for 1 rank, shm for 2 ranks, because the device is cpu"
     assert found["engine 'reference'"] == "available"
     assert found["engine 'unfused'"] == "cannot run here: it needs a Hopper GPU, not device cpu"
     assert found["engine 'auto'"] == "reference for fp8xfp4: unfused needs a Hopper GPU, not device cpu"
+
+
+def test_backends_on_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = dict(doctor._backends(torch.device("cuda")))
+    assert found["backend 'torch'"] == found["backend 'unmapped'"] == "available"
+    assert found["backend 'auto'"] == "local for 1 rank, torch for 4 ranks (unmapped across NVLink domains), because the device is cuda"
 
 
 def test_engines_on_a_hopper(monkeypatch):

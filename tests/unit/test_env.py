@@ -34,7 +34,9 @@ def test_a_flag_is_0_or_1(text):
 
 
 def test_a_transport_is_one_of_those_there_are():
-    message = "env: MEGAMOE_TRANSPORT must be one of auto, arena, nccl, got 'ib'; unset it or correct it"
+    for transport in ("auto", "arena", "nccl", "deep_ep"):
+        assert read({"MEGAMOE_TRANSPORT": transport}).transport == transport
+    message = "env: MEGAMOE_TRANSPORT must be one of auto, arena, nccl, deep_ep, got 'ib'; unset it or correct it"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         read({"MEGAMOE_TRANSPORT": "ib"})
 

@@ -20,6 +20,7 @@ def create(topology: Topology, group: dist.ProcessGroup | None, num_bytes: int, 
 
 class LocalBackend:
     name = "local"
+    words = None
 
     def __init__(self, num_bytes: int, device: torch.device):
         self.local = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

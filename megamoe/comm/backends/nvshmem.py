@@ -27,7 +27,7 @@ def why_not(topology: Topology, device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device was found; use device='cpu'"
     if not topology.is_one_domain:
-        return f"only the GPUs of ranks {topology.nvlink_ranks} are in load/store reach of rank {topology.rank}; use a smaller group"
+        return f"only the GPUs of ranks {topology.nvlink_ranks} are in load/store reach of rank {topology.rank}; use 'unmapped'"
     if importlib.util.find_spec("nvshmem") is None:
         return "nvshmem4py is not installed; pip install 'megamoe[nvshmem]'"
     return None
@@ -78,6 +78,7 @@ def _finalize() -> None:
 
 class NvshmemBackend:
     name = "nvshmem"
+    words = None
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup | None, num_bytes: int, device: torch.device):
         global _num_open

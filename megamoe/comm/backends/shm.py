@@ -68,6 +68,7 @@ def remove_stale(directory: Path) -> None:
 
 class ShmBackend:
     name = "shm"
+    words = None
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, paths: list[Path], num_bytes: int):
         self._group = group

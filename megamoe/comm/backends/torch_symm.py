@@ -20,7 +20,7 @@ def why_not(topology: Topology, device: torch.device) -> str | None:
     if topology.num_ranks == 1:
         return "it needs a group of at least two ranks; use 'local'"
     if not topology.is_one_domain:
-        return f"only the GPUs of ranks {topology.nvlink_ranks} are in load/store reach of rank {topology.rank}; use a smaller group"
+        return f"only the GPUs of ranks {topology.nvlink_ranks} are in load/store reach of rank {topology.rank}; use 'unmapped'"
     if os.environ.get(_NO_MULTICAST, "1") != "1":
         return f"{_NO_MULTICAST} must be 1, got {os.environ[_NO_MULTICAST]!r}; unset it"
     return None
@@ -35,6 +35,7 @@ def create(topology: Topology, group: dist.ProcessGroup | None, num_bytes: int, 
 
 class TorchBackend:
     name = "torch"
+    words = None
 
     def __init__(self, rank: int, group: dist.ProcessGroup | None, num_bytes: int, device: torch.device):
         import torch.distributed._symmetric_memory as symm_mem

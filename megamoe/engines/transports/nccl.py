@@ -1,4 +1,4 @@
-"""NcclTransport: all-to-all through torch.distributed. For comparison, and for groups whose kernels must not touch peer memory.
+"""NcclTransport: all-to-all through torch.distributed. For comparison, and for ranks that cannot reach each other's memory.
 
 Eager only: counts go through the host. Received rows never exceed the pool; skewed routing takes more passes.
 
@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megamoe.comm import Arena
-from megamoe.config import X_GROUP, MoEConfig
+from megamoe.config import MoEConfig
+from megamoe.engines.transports.host_driven import folded_tokens, meet
 from megamoe.engines.transports.nccl_plan import ExchangePlan, plan_exchange
 from megamoe.errors import EngineUnavailableError
 from megamoe.formats import QuantizedTokens
-from megamoe.kernels.fold_tokens import fold_tokens
-from megamoe.kernels.quantize_tokens import quantize_tokens
-from megamoe.reference.fold_tokens import fold_tokens as fold_tokens_twin
 
 # A row on the wire: H codes, 4 bytes of top-k weight, its exponent, and padding that keeps rows at multiples of 16 bytes.
 _TAIL_BYTES = 16
@@ -38,7 +36,14 @@ class ExchangedRows:
 
 
 class NcclTransport:
-    """All-to-all over the arena's group. Calls are driven by the host: signals in the arena tell refused calls before data moves."""
+    """All-to-all over the arena's group; of the arena it uses this rank's memory only.
+
+    Nobody can wake a rank that waits inside a collective. So each rank first does all that can fail on it alone, and the ranks meet by
+    signals, with a deadline, before the first collective and after the last one.
+
+    Raises:
+        EngineUnavailableError: torch.distributed is not initialised, or the group has no collectives for the device.
+    """
 
     is_capturable = False
     scatters = False
@@ -47,6 +52,9 @@ class NcclTransport:
         if not dist.is_initialized():
             raise EngineUnavailableError("MegaMoE: transport 'nccl' cannot run here: torch.distributed is not initialised; "
                                          "unset MEGAMOE_TRANSPORT")
+        if arena.device.type == "cuda" and "nccl" not in (collectives := dist.get_backend_config(arena.group)):
+            raise EngineUnavailableError(f"MegaMoE: transport 'nccl' cannot run here: the backend of the group must be nccl for cuda, got "
+                                         f"{collectives}; pass group=torch.distributed.new_group(backend='nccl')")
         arena.claim("host")
         self._arena, self._group = arena, arena.group
         self._num_experts = cfg.num_experts
@@ -57,15 +65,14 @@ class NcclTransport:
         self.num_passes = 0
 
     def dispatch(self, x, x_sf, topk_idx, topk_weights, expert_load) -> None:
-        self._meet("inputs_ready", "dispatch")
-        tokens = quantize_tokens(x, group=X_GROUP) if x_sf is None else QuantizedTokens(x, x_sf, X_GROUP)
-        tokens = fold_tokens(tokens) if x.is_cuda else fold_tokens_twin(tokens)
-        expert = topk_idx.flatten()
+        tokens, expert = folded_tokens(x, x_sf), topk_idx.flatten()
         self._is_routed = (topk_idx >= 0) & (topk_idx < self._num_experts)  # [T, K]
         entry = self._is_routed.flatten().nonzero().squeeze(1)
         self._entry = entry[expert[entry].argsort(stable=True)]  # [N] token * K + slot, by expert
         self._wire = _pack_rows(tokens, topk_weights, self._entry)
-        self._plan = self._exchange_counts(torch.bincount(expert[self._entry], minlength=self._num_experts))
+        counts = torch.bincount(expert[self._entry], minlength=self._num_experts)
+        meet(self._arena, "inputs_ready", "dispatch")
+        self._plan = self._exchange_counts(counts)
         self.num_passes = self._plan.num_passes
         expert_load += self._plan.receive_counts.sum((0, 1)).to(expert_load.device)
 
@@ -91,20 +98,12 @@ class NcclTransport:
         partials[self._entry[self._sent(rows.pass_idx)]] = self._all_to_all(results, receive, send)
 
     def finish(self, y) -> None:
-        self._meet("combine_ready", "combine")
+        meet(self._arena, "combine_ready", "combine")
         partials = self._arena.view("partials")[: len(y)]
         total = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
         for slot in range(partials.shape[1]):
             total += torch.where(self._is_routed[:, slot, None], partials[:, slot].float(), 0.0)
         y.copy_(total)
-
-    def _meet(self, signal: str, phase: str) -> None:
-        """Wait until every rank has come this far, so that a refused or silent rank is found by a deadline and not inside a collective."""
-        arena = self._arena
-        for peer in range(arena.num_ranks):
-            arena.post(peer, signal, arena.epoch)
-        for peer in range(arena.num_ranks):
-            arena.wait(signal, peer, arena.epoch, phase)
 
     def _exchange_counts(self, counts: torch.Tensor) -> ExchangePlan:
         """counts [E] int64 -> the plan, from the counts of every rank. Sync: blocks the host."""
