@@ -94,6 +94,9 @@ def one_call(arena: Arena, error_before: Exception | None = None, error_after: E
         for peer in ranks:
             arena.wait("inputs_ready", peer, arena.epoch, "dispatch")
         if error_after is not None:
+            for peer in ranks:
+                if peer != arena.rank:
+                    arena.wait("combine_ready", peer, arena.epoch, "combine")  # the peers have left dispatch, so they see the error in combine
             raise error_after
         for peer in ranks:
             arena.post(peer, "combine_ready", arena.epoch)
@@ -240,8 +243,11 @@ def run_abort(rank: int, num_ranks: int, backend: str):
     with Arena.create(CFG, backend=backend, timeout_s=10.0) as arena:
         arena.barrier()
         if rank == 2:
+            for peer in (0, 1):
+                arena.wait("combine_ready", peer, 1, "test")  # both have left the barrier, in which they would see the abort too
             arena.post_abort(AbortReason.PEER_TIMEOUT, culprit=1)
             return None
+        arena.post(2, "combine_ready", 1)
         begin = time.monotonic()
         with pytest.raises(PeerTimeoutError) as caught:
             arena.wait("inputs_ready", 2, 1, "dispatch")

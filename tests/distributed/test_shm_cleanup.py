@@ -13,6 +13,8 @@ import pytest
 
 from megamoe.comm import Arena
 from megamoe.comm.backends import shm
+from megamoe.comm.budget import plan_dims
+from megamoe.comm.protocol import pack
 from megamoe.config import MoEConfig
 from megamoe.errors import ArenaError
 from megamoe.testing.ranks import RankFailures
@@ -94,7 +96,7 @@ def test_a_file_taken_away_before_it_was_locked_is_made_again(tmp_path, monkeypa
 def test_a_small_tmpfs_is_an_error_on_every_rank(rank_pool, small_tmpfs):
     with pytest.raises(RankFailures) as caught:
         rank_pool(2).run(create, small_tmpfs, BIG)
-    needed = 1889280
+    needed = pack(plan_dims(BIG, num_ranks=2)).num_bytes
     fix = "enlarge it (docker run --shm-size), pass a smaller arena_bytes, or point MEGAMOE_SHM_DIR at a larger tmpfs"
     one = "Arena: {dir} has 1048576 bytes free but rank {rank} needs {needed}; {fix} (on rank {rank})"
     message = "; ".join(one.format(dir=small_tmpfs, rank=rank, needed=needed, fix=fix) for rank in range(2))

@@ -96,3 +96,15 @@ def test_a_rank_failed(reason, culprit, peer, text):
     assert not ranks.view(1, "abort").any(), "only a time-out is told on"
     ranks.loads.zero_()
     assert call_alone(ranks).isnan().all(), "until start_over"
+
+
+def test_a_rank_that_comes_late_does_not_take_what_is_missing_for_a_result():
+    """Its peer gave up on it: every signal of the call is there, the partials are not."""
+    ranks = VirtualRanks(PAIR)
+    ranks.view(0, "abort")[1, 0] = Abort(1, AbortReason.PEER_TIMEOUT, 0).to_word()
+    ranks.view(0, "combine_ready")[1, 0] = 1
+    assert call_alone(ranks, staged=(0, 1)).isnan().all()
+    error = ranks.calls[0].failure().error(0, 20.0)
+    assert (str(error), error.peer, error.phase) == (
+        "rank 0: rank 1 aborted (rank 0 was silent) while this rank was in combine; see the log of rank 0, then restart it or call "
+        "reset() on every rank", 1, "combine")

@@ -47,13 +47,16 @@ MEGAMOE_DEVICE uint4 sum_of_slots(const Symm& symm, uint32 token, uint32 vector)
 }
 
 // Whether the call succeeds, for all threads. Block 0 posts before it waits, so it does not depend on other blocks having a place to run.
+// Ranks that gave up post combine_ready too, after the abort word of the one that saw the reason first: a rank that comes late finds every
+// signal of the call there and must not take their partials for results.
 template <class Layout>
 MEGAMOE_DEVICE bool meet_peers(const MoeCombineParams& p) {
   const int64 epoch = p.calls.epoch();
   bool is_good = !p.calls.is_failed(epoch);
   if (blockIdx.x == 0) post_to_peers<&Layout::combine_ready>(p.symm, epoch);
   if (is_good && threadIdx.x < p.symm.num_ranks)
-    is_good = wait_for_peer<Layout, &Layout::combine_ready>(p.symm, p.calls, epoch, CallPhase::kCombine, threadIdx.x);
+    is_good = wait_for_peer<Layout, &Layout::combine_ready>(p.symm, p.calls, epoch, CallPhase::kCombine, threadIdx.x) &&
+              !has_aborted<Layout>(p.symm, p.calls, epoch, CallPhase::kCombine, threadIdx.x);
   return __syncthreads_and(is_good);
 }
 

@@ -61,34 +61,49 @@ struct EpilogueTile {
 };
 
 // The warpgroup's share of the output: 16-byte pieces, 8 threads on the 128 bytes of a token. A thread has the same piece of each of its
-// tokens.
-template <class Config, uint32 kTokens>
+// tokens. `for_each(staging, pitch, copy)` calls copy(staging address, output pointer) for each piece that exists.
+template <class Config, uint32 kTokens, bool kIsScattered = Config::kScatter>
 struct OutputPieces {
-  static constexpr uint32 kCount = ceil_div(kTokens, 16);
-  Bf16* pointers[kCount];  // null: no such token, or its channels are padding
+  const Fp4GemmParams& p;
+  const EpilogueTile& tile;
 
-  // With scatter the addresses come from memory: fetched together, before the pieces are there.
+  MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile) : p(p), tile(tile) {}
+
+  template <class Copy>
+  MEGAMOE_DEVICE void for_each(uint32 staging, uint32 pitch, Copy copy) const {
+    const uint32 piece = tile.thread() % 8, channel = tile.row_block * 64 + piece * 8;
+#pragma unroll
+    for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
+      const uint32 token = i * 16 + tile.thread() / 8;
+      if (token < tile.num_tokens && channel < p.n)
+        copy(staging + token * pitch + piece * 16, p.out + uint64(tile.first_row + token) * p.n + channel);
+    }
+  }
+};
+
+// Rows that lie where row_dst says: the addresses are fetched together, before the pieces are there.
+template <class Config, uint32 kTokens>
+struct OutputPieces<Config, kTokens, true> {
+  Bf16* pointers[ceil_div(kTokens, 16)];  // null: no such token, or its channels are padding
+
   MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile) {
     const uint32 channel = tile.row_block * 64 + tile.thread() % 8 * 8;
 #pragma unroll
-    for (uint32 i = 0; i < kCount; ++i) {
-      const uint32 token = token_of(i), row = tile.first_row + token;
+    for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
+      const uint32 token = i * 16 + tile.thread() / 8;
       pointers[i] = nullptr;
-      if (token < tile.num_tokens && channel < p.n) {
-        Bf16* begin = Config::kScatter ? reinterpret_cast<Bf16*>(__ldg(p.row_dst + row)) : p.out + uint64(row) * p.n;
-        pointers[i] = begin + channel;
-      }
+      if (token < tile.num_tokens && channel < p.n)
+        pointers[i] = reinterpret_cast<Bf16*>(__ldg(p.row_dst + tile.first_row + token)) + channel;
     }
   }
 
-  static MEGAMOE_DEVICE uint32 token_of(uint32 i) { return i * 16 + threadIdx.x % 128 / 8; }
-
-  // copy(staging address, output pointer) for each piece.
   template <class Copy>
   MEGAMOE_DEVICE void for_each(uint32 staging, uint32 pitch, Copy copy) const {
 #pragma unroll
-    for (uint32 i = 0; i < kCount; ++i)
-      if (pointers[i] != nullptr) copy(staging + token_of(i) * pitch + threadIdx.x % 8 * 16, pointers[i]);
+    for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
+      const uint32 token = i * 16 + EpilogueTile::thread() / 8;
+      if (pointers[i] != nullptr) copy(staging + token * pitch + EpilogueTile::thread() % 8 * 16, pointers[i]);
+    }
   }
 };
 

@@ -28,18 +28,22 @@ MEGAMOE_DEVICE void post_to_peers(const Symm& symm, int64 value) {
   if (threadIdx.x < symm.num_ranks) ptx::st_release_sys(symm.at<Signal>(threadIdx.x, symm.rank, 0), value);
 }
 
+// Whether `sender` has told this rank to leave the call, which is then marked and reported.
+template <class Layout>
+MEGAMOE_DEVICE bool has_aborted(const Symm& symm, const CallStateParams& calls, int64 epoch, CallPhase phase, uint32 sender) {
+  const AbortWord abort{ptx::ld_acquire_sys(symm.at<&Layout::abort>(symm.rank, sender, 0))};
+  if (!abort.ends(epoch)) return false;
+  calls.fail(abort.is_refusal() ? epoch : calls.kUntilReset, epoch, phase, WaitFailure::kAborted, sender, abort.word);
+  return true;
+}
+
 // The last look at the abort words and the clock of a wait for `peer`: true if the wait must end, which is then reported.
 template <class Layout>
 MEGAMOE_DEVICE bool must_give_up(const Symm& symm, const CallStateParams& calls, int64 epoch, CallPhase phase, uint32 peer, int64 got,
                                  bool is_late) {
   if (calls.is_failed(epoch)) return true;
-  for (uint32 sender = 0; sender < symm.num_ranks; ++sender) {
-    const AbortWord abort{ptx::ld_acquire_sys(symm.at<&Layout::abort>(symm.rank, sender, 0))};
-    if (abort.ends(epoch)) {
-      calls.fail(abort.is_refusal() ? epoch : calls.kUntilReset, epoch, phase, WaitFailure::kAborted, sender, abort.word);
-      return true;
-    }
-  }
+  for (uint32 sender = 0; sender < symm.num_ranks; ++sender)
+    if (has_aborted<Layout>(symm, calls, epoch, phase, sender)) return true;
   if (!is_late) return false;
   if (calls.fail(calls.kUntilReset, epoch, phase, WaitFailure::kTimeout, peer, got)) {
     for (uint32 r = 0; r < symm.num_ranks; ++r)
