@@ -1,4 +1,4 @@
-# make demo [RANKS=2] [DEVICE=cpu|cuda] [ENGINE=auto] [BACKEND=auto]   the main job; make test; make check-kernels
+# make demo [RANKS=2] [DEVICE=cpu|cuda] [ENGINE=auto|reference|unfused|fused] [BACKEND=auto]   the main job; make test; make check-kernels
 # On a CPU machine each target makes its own virtual environment. With DEVICE=cuda the machine's own python3 is used as it is.
 RANKS   ?= 2
 DEVICE  ?= cpu

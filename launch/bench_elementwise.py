@@ -6,7 +6,6 @@ H = 7168, I = 3072, K = 6.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -21,10 +20,9 @@ from megamoe.kernels.quantize_tokens import empty_tokens
 from megamoe.reference.permute import permute_tokens, unpermute_tokens
 from megamoe.reference.swiglu_quantize import swiglu_quantize
 from megamoe.testing.bench import CudaTimer, measure, provenance
-from megamoe.testing.report import table
+from megamoe.testing.report import append_records, read_records, table, update_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
-BEGIN, END = "<!-- bench_elementwise.py --markdown: begin -->", "<!-- bench_elementwise.py --markdown: end -->"
 HIDDEN, INTERMEDIATE, NUM_TOPK = 7168, 3072, 6
 ROWS = (4096, 8192, 49152)
 GROUPS = (32, 128, "token")
@@ -165,17 +163,6 @@ def markdown_table(records: Iterable[Record]) -> str:
     return "\n".join([*lines, "", *commands]) + "\n"
 
 
-def update_page(page: Path, text: str) -> None:
-    """Put `text` between the two markers of a page. Raises ValueError if it has not exactly one pair."""
-    whole = page.read_text()
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or not end:
-        found = f"{whole.count(BEGIN)} and {whole.count(END)}"
-        raise ValueError(f"bench_elementwise: {page} must have one pair of markers {BEGIN} and {END}, got {found}; restore them")
-    page.write_text(f"{before}{begin}\n{text}{end}{after}")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench_elementwise.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", metavar="NAME", default=[""], help="only ops whose name begins so")
@@ -196,8 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a result is wrong or there is no GPU."""
     args = parse_args(argv)
     if args.markdown:
-        lines = (line for path in args.markdown for line in path.read_text().splitlines() if line)
-        update_page(PAGE, markdown_table(Record(**json.loads(line)) for line in lines))
+        update_page(PAGE, "bench_elementwise.py", markdown_table(read_records(args.markdown, Record)))
         print(f"{PAGE} updated")
         return 0
     if not torch.cuda.is_available():
@@ -211,9 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             num_wrong += 1
             print(f"WRONG {wrong}", file=sys.stderr)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.json, "a") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+        append_records(args.json, records)
     if records:
         print(table(HEADER, [cells(record) for record in records]))
     print(f"{about['gpu']}, torch {about['torch']}, commit {about['commit']}; of copy: time of a cold device copy of as many bytes / time")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from bench_gemm_cases import OPS, Case, config_text, parse_config, select
-from bench_gemm_report import OURS, Record, append_records, make_record, markdown_table, read_records, terminal_table, update_page
+from bench_gemm_report import OURS, Record, make_record, markdown_table, terminal_table
 from tqdm import tqdm
 
 from megamoe.testing.bench import FLOOR_FORMULA, CudaTimer, measure, provenance
+from megamoe.testing.report import append_records, read_records, update_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
 NUM_RUNS, NUM_QUICK_RUNS = 30, 20
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a result is wrong or there is no GPU."""
     args = parse_args(argv)
     if args.markdown:
-        update_page(PAGE, markdown_table(read_records(args.markdown)))
+        update_page(PAGE, "bench_gemm.py", markdown_table(read_records(args.markdown, Record)))
         print(f"{PAGE} updated")
         return 0
     if not torch.cuda.is_available():

@@ -1,9 +1,7 @@
-"""What the GEMM benchmark writes: JSONL records, the table on the terminal, and the table of docs/PERFORMANCE.md made from records."""
+"""What the GEMM benchmark writes: records, the table on the terminal, and the table of docs/PERFORMANCE.md made from records."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from bench_gemm_cases import DEFAULT_CASES, METRICS, Case
 
@@ -12,7 +10,6 @@ from megamoe.testing.report import table
 
 OURS = "megamoe"
 PEER_NOTE = "DeepGEMM, 2026-11-21, another run"
-BEGIN, END = "<!-- bench_gemm.py --markdown: begin -->", "<!-- bench_gemm.py --markdown: end -->"
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,6 @@ def make_record(case: Case, provider: str, counts: list[int], work: Work, timing
                   tflops=work.flop / us / 1e6, gbps=work.num_bytes / us / 1e3, weights_gbps=work.weight_bytes / us / 1e3,
                   floor_us=work.floor_us, percent_of_floor=100 * work.floor_us / us, error=error, **provenance)
 
-
-def append_records(path: Path, records: Iterable[Record]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
-
-
-def read_records(paths: Iterable[Path]) -> list[Record]:
-    return [Record(**json.loads(line)) for path in paths for line in path.read_text().splitlines() if line]
 
 
 def terminal_table(records: list[Record]) -> str:
@@ -109,13 +97,3 @@ def _peer(case: Case, peers: list[Record]) -> str:
         best = min({r.provider: r for r in peers}.values(), key=lambda r: r.us)
         return f"{best.us:.0f} us ({best.provider}, same run)"
     return f"{case.peer_us:g} us ({PEER_NOTE})" if case.peer_us else ""
-
-
-def update_page(page: Path, text: str) -> None:
-    """Put `text` between the two markers of a page. Raises ValueError if it has not exactly one pair."""
-    before, begin, rest = (whole := page.read_text()).partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or not end:
-        found = f"{whole.count(BEGIN)} and {whole.count(END)}"
-        raise ValueError(f"bench_gemm: {page} must have one pair of markers {BEGIN} and {END}, got {found}; restore them")
-    page.write_text(f"{before}{begin}\n{text}{end}{after}")

@@ -1,9 +1,10 @@
 """Benchmark of a whole MoE layer over all ranks: y = layer(x, topk_idx, topk_weights) with BF16 x.
 
-    torchrun --standalone --nproc-per-node 4 launch/bench_moe.py --model v4-pro --tokens 1,8,32 --engine unfused --graph --check
+    torchrun --standalone --nproc-per-node 4 launch/bench_moe.py --model v4-pro --tokens 1,8,32 --engine fused,unfused --graph --check
 
 Per number of tokens: seeded routings, for each several calls that start together on all ranks with cold caches; the time of a routing is
-the median over calls of the slowest rank. Reported are mean and p10-p90 over routings. `--markdown` needs no torchrun.
+the median over calls of the slowest rank. Reported are mean and p10-p90 over routings. Engines and peers take turns on every routing.
+`--markdown` needs no torchrun.
 """
 
 import argparse
@@ -18,13 +19,15 @@ import torch
 import torch.distributed as dist
 from bench_moe_cases import BIASED_MODELS, MODELS, MOE_FLOOR_FORMULA, ROUTINGS, layer_work, model_config
 from bench_moe_peers import TORCH_INCLUDES, TORCH_PEER, TorchPeer, why_not
-from bench_moe_report import INCLUDES, About, Record, append_records, make_record, markdown_table, read_records, terminal_table, update_page
-from bench_moe_run import CudaTimer, EagerCall, HostTimer, check_output, layer_call, local_experts, make_draw, max_over_ranks
+from bench_moe_report import INCLUDES, About, Record, make_record, markdown_table, terminal_table
+from bench_moe_run import CudaTimer, Draw, EagerCall, HostTimer, check_output, layer_call, local_experts, make_draw, max_over_ranks
 from tqdm import tqdm
 
 from megamoe import MegaMoE
+from megamoe.engines import ENGINES
 from megamoe.errors import ArenaBudgetError, EngineUnavailableError
 from megamoe.testing.bench import provenance
+from megamoe.testing.report import append_records, read_records, update_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
 
@@ -35,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="v4-pro")
     parser.add_argument("--tokens", type=_token_list, default=[1, 8, 32, 128, 512, 2048, 8192], metavar="T,T,...", help="of each rank")
     parser.add_argument("--max-tokens", type=int, metavar="T", help="capacity per rank of the layer (default: the largest of --tokens)")
-    parser.add_argument("--engine", choices=("reference", "unfused", "fused"), default="unfused")
+    parser.add_argument("--engine", type=_engine_list, default=["unfused"], metavar="NAME,NAME,...", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--backend", default="auto", help="symmetric memory of the arena")
     parser.add_argument("--graph", action="store_true", help="capture the call in a CUDA graph and replay it")
     parser.add_argument("--routing", choices=ROUTINGS, default="uniform")
@@ -64,6 +67,14 @@ def _token_list(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _engine_list(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if not set(names) <= set(ENGINES):
+        expected = ", ".join(ENGINES)
+        raise argparse.ArgumentTypeError(f"bench_moe: --engine must be of {expected}, joined by commas, got {text!r}; e.g. fused,unfused")
+    return names
+
+
 def join_ranks() -> torch.device:
     """Join the ranks that torchrun started: a GPU each where there are GPUs, else the CPU. Returns this rank's device."""
     if not torch.cuda.is_available():
@@ -75,26 +86,46 @@ def join_ranks() -> torch.device:
     return device
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[MegaMoE, dict[About, Callable]]:
-    """The layer with its experts, and every contender by what its records say, the layer first. Collective."""
+def build(args: argparse.Namespace, device: torch.device) -> dict[About, Callable]:
+    """Every contender by what its records say: a layer with its experts per engine, then the peers. Collective."""
     cfg, num_ranks = model_config(args.model, args.max_tokens), dist.get_world_size()
-    layer = MegaMoE(cfg, device=device, engine=args.engine, backend=args.backend)
     weights = local_experts(cfg, args.model in BIASED_MODELS, device)
-    layer.load_experts(weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
     made = provenance(commit=args.commit)
     made["command"] = made["command"].replace("python", f"torchrun --standalone --nproc-per-node {num_ranks}", 1)
-    ours = About(model=args.model, num_ranks=num_ranks, engine=layer.engine.name, backend=layer.arena.backend, routing=args.routing,
-                 graph=args.graph, act_group=layer.engine.act_group, max_tokens=args.max_tokens, arena_bytes=layer.arena.num_bytes,
-                 num_calls=args.calls, includes=INCLUDES, **made)
-    contenders: dict[About, Callable] = {ours: layer}
+    contenders: dict[About, Callable] = {}
+    for engine in args.engine:
+        layer = MegaMoE(cfg, device=device, engine=engine, backend=args.backend)
+        layer.load_experts(weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+        about = About(model=args.model, num_ranks=num_ranks, engine=engine, backend=layer.arena.backend, routing=args.routing,
+                      graph=args.graph, act_group=layer.engine.act_group, max_tokens=args.max_tokens, arena_bytes=layer.arena.num_bytes,
+                      num_calls=args.calls, includes=INCLUDES, **made)
+        contenders[about] = layer
     reason = "--no-peers" if args.no_peers else why_not(cfg, device)
     if reason is None:
-        peer = replace(ours, engine=TORCH_PEER, backend=dist.get_backend(), graph=False, act_group=None, arena_bytes=0,
+        peer = replace(about, engine=TORCH_PEER, backend=dist.get_backend(), graph=False, act_group=None, arena_bytes=0,
                        includes=TORCH_INCLUDES)
         contenders[peer] = TorchPeer(cfg, weights)
     elif dist.get_rank() == 0:
         print(f"{TORCH_PEER} left out: {reason}")
-    return layer, contenders
+    return contenders
+
+
+def layers_of(contenders: Mapping[About, Callable]) -> dict[About, MegaMoE]:
+    """Those that are layers of ours; at least one."""
+    return {about: fn for about, fn in contenders.items() if isinstance(fn, MegaMoE)}
+
+
+def check_layers(args: argparse.Namespace, layers: Mapping[About, MegaMoE], draw: Draw,
+                 outputs: Mapping[About, torch.Tensor]) -> dict[About, tuple[float, float]]:
+    """Median and largest error of every layer. Collective. Raises AssertionError for the first wrong result."""
+    errors = {}
+    for about, layer in layers.items():
+        try:
+            report = check_output(layer.cfg, args.model in BIASED_MODELS, layer.engine.act_group, draw, outputs[about])
+        except AssertionError as wrong:
+            raise AssertionError(f"{about.engine}: {wrong}") from None
+        errors[about] = report.median, report.max
+    return errors
 
 
 def measure(args: argparse.Namespace, num_tokens: int, contenders: Mapping[About, Callable],
@@ -102,16 +133,15 @@ def measure(args: argparse.Namespace, num_tokens: int, contenders: Mapping[About
     """Time the contenders in turns on the draws of one number of tokens. Collective; every rank returns the same times.
 
     Raises:
-        AssertionError: --check found a wrong result of the layer, the first contender.
+        AssertionError: --check found a wrong result of a layer.
     """
-    ours, layer = next(iter(contenders.items()))
-    device, cfg, errors = layer.device, layer.cfg, {}
+    layers = layers_of(contenders)
+    first = next(iter(layers.values()))
+    device, cfg = first.device, first.cfg
     draw = make_draw(cfg, args.routing, num_tokens, 0, device)
-    calls = {about: layer_call(layer, draw, args.graph) if about is ours else EagerCall(fn) for about, fn in contenders.items()}
+    calls = {about: layer_call(fn, draw, args.graph) if about in layers else EagerCall(fn) for about, fn in contenders.items()}
     outputs = {about: call.prepare(draw)() for about, call in calls.items()}  # and compiles and allocates
-    if args.check:
-        report = check_output(cfg, args.model in BIASED_MODELS, layer.engine.act_group, draw, outputs[ours])
-        errors[ours] = report.median, report.max
+    errors = check_layers(args, layers, draw, outputs) if args.check else {}
     times, host_times, works = {about: [] for about in calls}, {about: [] for about in calls}, []
     for seed in tqdm(range(args.routings), desc=f"T={num_tokens}", unit="routing", disable=dist.get_rank() != 0, leave=False):
         draw = make_draw(cfg, args.routing, num_tokens, seed, device)
@@ -120,7 +150,8 @@ def measure(args: argparse.Namespace, num_tokens: int, contenders: Mapping[About
             call_us, host_us = timer(call.prepare(draw), args.calls)
             times[about].append(call_us)
             host_times[about] += host_us
-    layer.check()
+    for layer in layers.values():
+        layer.check()
     slowest = {about: max_over_ranks(found, device).quantile(0.5, dim=1).tolist() for about, found in times.items()}
     return [make_record(about, num_tokens, slowest[about], statistics.median(host_times[about]), works, errors.get(about))
             for about in calls]
@@ -129,7 +160,8 @@ def measure(args: argparse.Namespace, num_tokens: int, contenders: Mapping[About
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     """Measure everything; rank 0 prints and writes. Collective. Returns whether every result was right."""
     is_first = dist.get_rank() == 0
-    layer, contenders = build(args, device)
+    contenders = build(args, device)
+    layers = layers_of(contenders)
     timer, records, num_wrong = CudaTimer(device) if device.type == "cuda" else HostTimer(), [], 0
     for num_tokens in args.tokens:
         try:
@@ -143,11 +175,12 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
         if args.json and is_first:
             append_records(args.json, found)
     if is_first:
-        about = next(iter(contenders))
-        print(layer, terminal_table(records), MOE_FLOOR_FORMULA, sep="\n")
+        about = next(iter(layers))
+        print(*layers.values(), terminal_table(records), MOE_FLOOR_FORMULA, sep="\n")
         print(f"{about.model}, {about.num_ranks} x {about.gpu}, routing {about.routing}, arena {about.arena_bytes:,} bytes per rank, torch "
               f"{about.torch}, commit {about.commit}")
-    layer.close()
+    for layer in layers.values():
+        layer.close()
     return num_wrong == 0
 
 
@@ -156,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a result is wrong or what was asked for cannot run."""
     args = parse_args(argv)
     if args.markdown:
-        update_page(PAGE, markdown_table(read_records(args.markdown)))
+        update_page(PAGE, "bench_moe.py", markdown_table(read_records(args.markdown, Record)))
         print(f"{PAGE} updated")
         return 0
     device = join_ranks()

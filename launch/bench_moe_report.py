@@ -1,17 +1,14 @@
-"""What the MoE benchmark writes: JSONL records, the table on the terminal, and the table of docs/PERFORMANCE.md made from records."""
+"""What the MoE benchmark writes: records, the table on the terminal, and the table of docs/PERFORMANCE.md made from records."""
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from bench_moe_cases import GOAL_ENGINE, GOAL_MODEL, GOAL_RANKS, GOAL_ROUTING, GOALS, MODELS, ROUTINGS, LayerWork
+from bench_moe_cases import GOAL_MODEL, GOAL_RANKS, GOAL_ROUTING, GOALS, MODELS, ROUTINGS, Goal, LayerWork
 
 from megamoe.testing.bench import summarize
 from megamoe.testing.report import table
 
-BEGIN, END = "<!-- bench_moe.py --markdown: begin -->", "<!-- bench_moe.py --markdown: end -->"
 INCLUDES = "quantisation of x, dispatch, both linears, combine, reduce"
 
 
@@ -69,16 +66,6 @@ def make_record(about: About, tokens: int, times_us: Sequence[float], host_us: f
                   weights_gbps=weight_bytes / us / 1e3, nvlink_bytes=nvlink_bytes, median_error=median_error, max_error=max_error)
 
 
-def append_records(path: Path, records: Iterable[Record]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
-
-
-def read_records(paths: Iterable[Path]) -> list[Record]:
-    return [Record(**json.loads(line)) for path in paths for line in path.read_text().splitlines() if line]
-
-
 def terminal_table(records: Sequence[Record]) -> str:
     header = ("T", "engine", "us", "p10-p90", "host us", "floor us", "of floor", "TFLOPS", "GB/s", "NVLink MB", "error")
     return table(header, [(str(r.tokens), _engine(r), f"{r.us:.1f}", f"{r.p10_us:.1f}-{r.p90_us:.1f}", f"{r.host_us:.0f}",
@@ -90,11 +77,12 @@ def markdown_table(records: Iterable[Record]) -> str:
     """One row per model, ranks, routing, engine and T, from the last record of each; goals without a record say "not measured"."""
     last = {_row_key(record): record for record in records}
     rows = dict(sorted((key, _measured_row(record)) for key, record in last.items()))
-    measured = {r.tokens for r in last.values() if _has_goal(r)}
-    for tokens in (t for t in GOALS if t not in measured):
-        key = (list(MODELS).index(GOAL_MODEL), GOAL_RANKS, ROUTINGS.index(GOAL_ROUTING), tokens, GOAL_ENGINE, False)
-        cells = [GOAL_MODEL, str(GOAL_RANKS), GOAL_ROUTING, str(tokens), GOAL_ENGINE, "not measured", *_goal_cells(tokens, None)]
-        rows[key] = _row(cells + [""] * 10)
+    measured = {(r.engine, r.tokens) for r in last.values() if _goal(r)}
+    for engine, tokens, goal in ((engine, tokens, goal) for engine, goals in GOALS.items() for tokens, goal in goals.items()):
+        if (engine, tokens) not in measured:
+            key = (list(MODELS).index(GOAL_MODEL), GOAL_RANKS, ROUTINGS.index(GOAL_ROUTING), tokens, engine, False)
+            cells = [GOAL_MODEL, str(GOAL_RANKS), GOAL_ROUTING, str(tokens), engine, "not measured", *_goal_cells(goal, None)]
+            rows[key] = _row(cells + [""] * 10)
     header = ("model", "ranks", "routing", "T", "engine", "us", "required", "reached", "best released", "p10-p90 us", "host us", "floor us",
               "of floor", "TFLOPS", "GB/s of weights", "NVLink MB", "arena GB", "error median / max", "commit")
     rule = "|---|--:|---|--:|---|" + "--:|--:|---|--:|" + "--:|" * 8 + "---|---|"
@@ -106,20 +94,21 @@ def _row_key(record: Record) -> tuple:
     return (list(MODELS).index(record.model), record.num_ranks, ROUTINGS.index(record.routing), record.tokens, record.engine, record.graph)
 
 
-def _has_goal(r: Record) -> bool:
-    return (r.model, r.num_ranks, r.engine, r.routing) == (GOAL_MODEL, GOAL_RANKS, GOAL_ENGINE, GOAL_ROUTING) and r.tokens in GOALS
+def _goal(r: Record) -> Goal | None:
+    is_measured = (r.model, r.num_ranks, r.routing) == (GOAL_MODEL, GOAL_RANKS, GOAL_ROUTING)
+    return GOALS.get(r.engine, {}).get(r.tokens) if is_measured else None
 
 
 def _measured_row(r: Record) -> str:
-    goal = _goal_cells(r.tokens, r.us) if _has_goal(r) else ["", "", ""]
-    return _row([r.model, str(r.num_ranks), r.routing, str(r.tokens), _engine(r), f"{r.us:.0f}", *goal, f"{r.p10_us:.0f}-{r.p90_us:.0f}",
+    goal = _goal(r)
+    cells = _goal_cells(goal, r.us) if goal else ["", "", ""]
+    return _row([r.model, str(r.num_ranks), r.routing, str(r.tokens), _engine(r), f"{r.us:.0f}", *cells, f"{r.p10_us:.0f}-{r.p90_us:.0f}",
                  f"{r.host_us:.0f}", f"{r.floor_us:.0f}", f"{r.percent_of_floor:.0f} %", f"{r.tflops:.0f}", f"{r.weights_gbps:.0f}",
                  f"{r.nvlink_bytes / 1e6:.1f}", f"{r.arena_bytes / 1e9:.2f}", _error(r), r.commit])
 
 
-def _goal_cells(tokens: int, us: float | None) -> list[str]:
+def _goal_cells(goal: Goal, us: float | None) -> list[str]:
     """required, reached, best released"""
-    goal = GOALS[tokens]
     return [f"{goal.required:g}", "" if us is None else "yes" if us <= goal.required else "no", f"{goal.best_released:g}"]
 
 
@@ -133,13 +122,3 @@ def _error(record: Record) -> str:
 
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def update_page(page: Path, text: str) -> None:
-    """Put `text` between the two markers of a page. Raises ValueError if it has not exactly one pair."""
-    before, begin, rest = (whole := page.read_text()).partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or not end:
-        found = f"{whole.count(BEGIN)} and {whole.count(END)}"
-        raise ValueError(f"bench_moe: {page} must have one pair of markers {BEGIN} and {END}, got {found}; restore them")
-    page.write_text(f"{before}{begin}\n{text}{end}{after}")

@@ -14,6 +14,7 @@ import megamoe
 from megamoe.comm import backends
 from megamoe.comm.topology import Topology
 from megamoe.engines import ENGINES, choose_engine
+from megamoe.engines.base import AUTO_ORDER
 from megamoe.env import env
 from megamoe.errors import EngineUnavailableError
 from megamoe.kernels.compiler import NVRTC_WHEELS, find_nvcc
@@ -130,7 +131,11 @@ def _engine_state(name: str, device: torch.device) -> str:
         choose_engine(name, device, "fp8xfp4")
     except EngineUnavailableError as error:
         return str(error).removeprefix(f"MegaMoE: engine {name!r} ").removesuffix("; pass engine='auto'")
-    return f"available, transport {env.transport}" if name == "unfused" else "available"
+    if name == "unfused":
+        return f"available, transport {env.transport}"
+    if name == "fused":
+        return f"available inside an NVLink domain{'' if name in AUTO_ORDER else ', on request'}"
+    return "available"
 
 
 def main() -> int:

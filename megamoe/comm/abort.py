@@ -10,7 +10,7 @@ class AbortReason(IntEnum):
     FAILED = 2
     """It failed after it had published: nobody knows who has read what, so the arena needs a reset."""
     PEER_TIMEOUT = 3
-    """It waited for `culprit` until the deadline: the arena needs a reset."""
+    """It waited for `culprit` until the deadline, or, if that is itself, for its own kernel: the arena needs a reset."""
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,8 @@ class Abort:
         if self.reason == AbortReason.FAILED:
             return (f"rank {rank}: rank {sender} aborted (it failed in mid-call) while this rank was in {phase}; see the error of rank "
                     f"{sender}, then call reset() on every rank")
+        if self.culprit == sender:
+            return (f"rank {rank}: rank {sender} aborted (its own kernel made no progress) while this rank was in {phase}; see the error "
+                    f"of rank {sender}, then call reset() on every rank")
         return (f"rank {rank}: rank {sender} aborted (rank {self.culprit} was silent) while this rank was in {phase}; see the log of rank "
                 f"{self.culprit}, then restart it or call reset() on every rank")

@@ -13,8 +13,8 @@ from megamoe.comm.calls import describe_timeout
 from megamoe.errors import PeerTimeoutError, check
 
 MAX_RANKS = 72  # Symm::kMaxRanks
-# In the order of enum CallPhase: phase and the signal that it waits for.
-_PHASES = (("dispatch", "inputs_ready"), ("combine", "combine_ready"))
+# In the order of enum CallPhase: phase and the signal that it waits for. "experts" are the waits of mega_moe's roles for each other.
+_PHASES = (("dispatch", "inputs_ready"), ("combine", "combine_ready"), ("experts", None))
 _TIMEOUT = 1  # of enum WaitFailure; the other one is an abort word
 _INITIAL_STATE = (0, 0, -1, 0)
 # Where the reports begin, in words.
@@ -32,10 +32,10 @@ class DeviceFailure:
     """Why a call failed on the device.
 
     Args:
-        phase: "dispatch" or "combine".
-        peer: the rank that was silent, or the one whose abort word ended the call.
+        phase: "dispatch", "combine", or "experts", in which no rank waits for another one.
+        peer: the rank that was silent, in "experts" this one; or the one whose abort word ended the call.
         epoch: of the call.
-        got: the signal that was there at the deadline; meaningless with `abort`.
+        got: the signal, in "experts" the counter, that was there at the deadline; meaningless with `abort`.
         abort: the abort word; None for a time-out.
     """
 
@@ -60,7 +60,11 @@ class DeviceFailure:
         """The message for `rank`: what a host that waited itself would have said."""
         if self.abort is not None:
             return self.abort.describe(rank, self.peer, self.phase)
-        return describe_timeout(rank, dict(_PHASES)[self.phase], self.peer, timeout_s, self.phase, self.epoch, self.got)
+        signal = dict(_PHASES)[self.phase]
+        if signal is None:
+            return (f"rank {rank}: mega_moe made no progress within {timeout_s:.1f} s in {self.phase} (a counter stood at {self.got}); "
+                    "call reset() on every rank, and report it if it happens again")
+        return describe_timeout(rank, signal, self.peer, timeout_s, self.phase, self.epoch, self.got)
 
     def error(self, rank: int, timeout_s: float) -> PeerTimeoutError:
         """The exception to raise on `rank`."""
@@ -85,6 +89,11 @@ class DeviceCalls:
         self._reports = torch.zeros(_NUM_WORDS, dtype=torch.int64, pin_memory=self.state.is_cuda)
         self._words = (ctypes.c_int64 * _NUM_WORDS).from_address(self._reports.data_ptr())
         self._seen_refusal = self._seen_bad_index = 0
+        self._cleared: list[torch.Tensor] = []
+
+    def clear_at_start_over(self, tensor: torch.Tensor) -> None:
+        """Have `start_over` zero `tensor`: what kernels count in, which a failed call may leave anyhow."""
+        self._cleared.append(tensor)
 
     def params(self) -> CallStateParams:
         """The struct that kernels take. Valid as long as this object lives."""
@@ -129,6 +138,8 @@ class DeviceCalls:
     def start_over(self) -> None:
         """Epoch 0, nothing failed, nothing reported. For a reset, when no kernel of the arena runs. Sync: stream-ordered."""
         self.state.copy_(self._initial_state)
+        for tensor in self._cleared:
+            tensor.zero_()
         self._reports.zero_()
         self._seen_refusal = self._seen_bad_index = 0
 

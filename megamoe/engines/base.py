@@ -8,7 +8,9 @@ import torch
 from megamoe.errors import EngineUnavailableError
 from megamoe.formats import ExpertWeights
 
-ENGINES = ("reference", "unfused")
+ENGINES = ("reference", "unfused", "fused")
+# The engines that "auto" tries, the fastest first.
+AUTO_ORDER = ("unfused", "reference")
 _HOPPER = (9, 0)
 _NEEDS_MAPPED = "loads and stores the memory of peers, which backend 'unmapped' does not map"
 
@@ -60,17 +62,34 @@ def choose_engine(requested: str, device: torch.device | str, precision: str, is
     """
     if requested not in ("auto", *ENGINES):
         raise EngineUnavailableError(f"MegaMoE: engine must be one of {('auto', *ENGINES)}, got {requested!r}; pass engine='auto'")
-    obstacle = why_not_unfused(torch.device(device), precision)
-    if not is_mapped and requested == "reference":
-        raise EngineUnavailableError(f"MegaMoE: engine 'reference' cannot run here: it {_NEEDS_MAPPED}; pass engine='auto'")
-    if not is_mapped and requested == "auto" and obstacle is not None:
-        raise EngineUnavailableError(f"MegaMoE: no engine can run here: reference {_NEEDS_MAPPED}, and unfused {obstacle}; use a group "
-                                     "whose ranks are in one NVLink domain, or on the CPU on one host")
-    if requested == "auto":
-        return ("unfused", "the fastest one here") if obstacle is None else ("reference", f"unfused {obstacle}")
-    if requested == "unfused" and obstacle is not None:
-        raise EngineUnavailableError(f"MegaMoE: engine 'unfused' cannot run here: it {obstacle}; pass engine='auto'")
-    return requested, "requested"
+    device = torch.device(device)
+    if requested != "auto":
+        if (obstacle := _why_not(requested, device, precision, is_mapped)) is not None:
+            raise EngineUnavailableError(f"MegaMoE: engine {requested!r} cannot run here: it {obstacle}; pass engine='auto'")
+        return requested, "requested"
+    reason = "the fastest one here"
+    for name in AUTO_ORDER:
+        obstacle = _why_not(name, device, precision, is_mapped)
+        if obstacle is None:
+            return name, reason
+        reason = f"{name} {obstacle}"
+    raise EngineUnavailableError(f"MegaMoE: no engine can run here: reference {_NEEDS_MAPPED}, and unfused "
+                                 f"{why_not_unfused(device, precision)}; use a group whose ranks are in one NVLink domain, or on the CPU "
+                                 "on one host")
+
+
+def _why_not(name: str, device: torch.device, precision: str, is_mapped: bool) -> str | None:
+    if name == "fused":
+        return why_not_fused(device, precision, is_mapped)
+    if name == "unfused":
+        return why_not_unfused(device, precision)
+    return None if is_mapped else _NEEDS_MAPPED
+
+
+def why_not_fused(device: torch.device, precision: str, is_mapped: bool) -> str | None:
+    """What the fused engine wants that is not there, None if it can run."""
+    obstacle = why_not_unfused(device, precision)
+    return _NEEDS_MAPPED if obstacle is None and not is_mapped else obstacle
 
 
 def why_not_unfused(device: torch.device, precision: str) -> str | None:

@@ -5,34 +5,19 @@ This file owns the weights in kernel layout and the order of the steps; how toke
 Legend: T tokens of this rank, K top-k slots, e local experts, P pool rows, H hidden, I intermediate.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 
 from megamoe.comm import Arena
 from megamoe.config import MoEConfig
+from megamoe.engines.packed_experts import ACT_GROUP, PackedExperts, gate_constants
 from megamoe.engines.transports import ReceivedRows, Transport, create_transport
 from megamoe.env import env
-from megamoe.formats import ExpertWeights, QuantizedTokens, Sm90Weight, gate_up, layout_sm90
+from megamoe.formats import ExpertWeights, QuantizedTokens
 from megamoe.kernels import devices
 from megamoe.kernels.fold_tokens import fold_tokens
 from megamoe.kernels.fp4_gemm import allocate_workspace, fp4_gemm, num_sms
-from megamoe.kernels.moe_gemms import MoEGemms, MoEShape, all_moe_gemms, load_gemms, token_bucket
-
-ACT_GROUP = 32
-
-
-@dataclass(frozen=True, eq=False)
-class PackedExperts:
-    """The local experts as the kernels read them, and the biases as they were given."""
-
-    gate_up: Sm90Weight  # [e, 2I, H], interleaved
-    down: Sm90Weight  # [e, H, I]
-    gate_up_bias: torch.Tensor | None  # [e, 2I] canonical, any float dtype
-    down_bias: torch.Tensor | None  # [e, H]
-    kernel_gate_up_bias: torch.Tensor | None  # [e, 2I] float32, interleaved
-    kernel_down_bias: torch.Tensor | None  # [e, H] float32
+from megamoe.kernels.moe_gemms import MoEGemms, all_moe_gemms, load_gemms
+from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
 
 
 class Scratch:
@@ -62,9 +47,7 @@ class UnfusedEngine:
         self.is_synchronous = not self._transport.is_capturable
         self._experts: PackedExperts | None = None
         self._gemms: dict[int, MoEGemms] = {}  # by token_bucket
-        alpha = cfg.swiglu_alpha
-        self._gate = {"limit": math.inf if cfg.swiglu_limit is None else cfg.swiglu_limit, "alpha": 1.0 if alpha is None else alpha,
-                      "up_bias": cfg.swiglu_up_bias}
+        self._gate = gate_constants(cfg)
 
     @property
     def is_loaded(self) -> bool:
@@ -74,7 +57,7 @@ class UnfusedEngine:
         """Bring the experts into kernel layout and load the GEMM kernels. Sync: reads the device once per expert."""
         cfg, device = self.cfg, self.arena.device
         with devices.current(device.index):
-            experts = _pack(weights.to_precision(cfg.precision), device)
+            experts = PackedExperts.pack(weights.to_precision(cfg.precision), device)
             shape = MoEShape(hidden=cfg.hidden, intermediate=cfg.intermediate, num_experts=cfg.num_experts, num_topk=cfg.num_topk,
                              num_ranks=self.arena.num_ranks, has_down_bias=experts.down_bias is not None,
                              scatter=self._transport.scatters, num_sms=num_sms(device.index))
@@ -83,11 +66,7 @@ class UnfusedEngine:
         self._experts, self._gemms = experts, gemms
 
     def weights(self) -> ExpertWeights | None:
-        """The canonical form, unpacked anew by each call: nothing holds a second copy."""
-        if self._experts is None:
-            return None
-        experts = self._experts
-        return ExpertWeights(experts.gate_up.unpack(), experts.down.unpack(), experts.gate_up_bias, experts.down_bias)
+        return None if self._experts is None else self._experts.unpack()
 
     def forward(self, x, x_sf, topk_idx, topk_weights, expert_load):
         """x [T, H] BF16 (codes with x_sf [T, H/32] if given), topk_idx [T, K] int64, topk_weights [T, K] float32 -> y [T, H] BF16.
@@ -118,14 +97,3 @@ class UnfusedEngine:
         destination = {"row_dst": rows.row_dst} if self._transport.scatters else {"out": rows.out}
         fp4_gemm(act.codes, act.sf, experts.down, gemms.down, offsets=rows.offsets, bias=experts.kernel_down_bias,
                  row_weight=rows.row_weight if has_bias else None, workspace=workspace, **destination)
-
-
-def _pack(weights: ExpertWeights, device: torch.device) -> PackedExperts:
-    """Kernel layout of FP4 experts on `device`, one matrix after the other so that few temporaries live at once."""
-    gate_up_bias, down_bias = (None if bias is None else bias.to(device) for bias in (weights.gate_up_bias, weights.down_bias))
-    return PackedExperts(
-        layout_sm90.pack(weights.gate_up.to(device), interleave_gate_up=True),
-        layout_sm90.pack(weights.down.to(device), interleave_gate_up=False),
-        gate_up_bias, down_bias,
-        None if gate_up_bias is None else gate_up.interleave(gate_up_bias.float(), dim=1).contiguous(),
-        None if down_bias is None else down_bias.float().contiguous())

@@ -15,7 +15,7 @@ from megamoe.kernels import jit
 from megamoe.kernels.codegen import emit_struct
 from megamoe.kernels.driver import TensorMap
 from megamoe.kernels.fp4_gemm_config import (
-    BLOCK_K, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig, largest_workspace_bytes,
+    BLOCK_K, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig, GemmBlock, largest_workspace_bytes,
 )
 from megamoe.kernels.launch import Params, params_struct, tensor_map_2d
 from megamoe.kernels.wgmma_source import wgmma_e5m2_e4m3
@@ -61,13 +61,16 @@ def source(config: Fp4GemmConfig) -> str:
 
 
 def _constants(config: Fp4GemmConfig) -> dict[str, int | bool]:
-    """The static facts under the names that csrc reads them by: math_warpgroups is kMathWarpgroups."""
+    return {**block_constants(config), "swiglu": config.epilogue == "swiglu", "accumulate": config.epilogue == "accumulate",
+            "has_bias": config.has_bias, "scatter": config.scatter}
+
+
+def block_constants(config: GemmBlock) -> dict[str, int | bool]:
+    """The static facts of every kernel around the main loop, as csrc reads them: math_warpgroups is kMathWarpgroups."""
     return {
         "math_warpgroups": config.num_math_warpgroups, "threads": config.num_threads, "math_registers": config.math_registers,
         "aux_registers": config.aux_registers, "stages": config.num_stages, "max_groups": config.max_groups,
-        "max_double_buffered": config.max_double_buffered, "swiglu": config.epilogue == "swiglu",
-        "accumulate": config.epilogue == "accumulate", "has_bias": config.has_bias, "scatter": config.scatter,
-        "loads_ahead": config.loads_ahead,
+        "max_double_buffered": config.max_double_buffered, "loads_ahead": config.loads_ahead,
     }
 
 
@@ -144,13 +147,19 @@ def _params(weight, config, workspace, limit, alpha, up_bias, codes, sf, blocks,
     num_rows, num_groups = codes.shape[0], weight.shape[0]
     grouping = Grouping(_address(offsets), _address(bounds), _address(counts), num_groups=num_groups, num_rows=num_rows,
                         group_stride=num_rows // num_groups)
-    params = Fp4GemmParams.allocate(
-        w_blocks=_address(blocks), w_row_base=_address(row_base), x_sf=_address(sf), out=_address(out),
-        row_dst=_address(row_dst), grouping=grouping, n=weight.shape[1], num_row_blocks=blocks.shape[1], num_k_blocks=blocks.shape[2],
-        workspace=_address(workspace), bias=_address(bias), row_weight=_address(row_weight), a_codes=_address(a_codes), a_sf=_address(a_sf),
-        limit=limit, alpha=alpha, up_bias=up_bias)
-    for i, tokens in enumerate(config.token_tiles):
-        params.x_maps[i] = tensor_map_2d(codes, tokens, BLOCK_K)
+    return gemm_params(codes, weight, config.token_tiles, grouping, x_sf=sf, out=out, row_dst=row_dst, workspace=workspace, bias=bias,
+                       row_weight=row_weight, a_codes=a_codes, a_sf=a_sf, limit=limit, alpha=alpha, up_bias=up_bias)
+
+
+def gemm_params(x: torch.Tensor, weight: Sm90Weight, token_tiles: tuple[int, ...], grouping: Grouping,
+                **operands: torch.Tensor | float | None) -> Params:
+    """The parameter block for tokens x [R, K] and a weight. `operands`: other members, a tensor for its address."""
+    _, num_row_blocks, num_k_blocks, _ = weight.blocks.shape
+    values = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in operands.items()}
+    params = Fp4GemmParams.allocate(w_blocks=_address(weight.blocks), w_row_base=_address(weight.row_base), grouping=grouping,
+                                    n=weight.shape[1], num_row_blocks=num_row_blocks, num_k_blocks=num_k_blocks, **values)
+    for i, tokens in enumerate(token_tiles):
+        params.x_maps[i] = tensor_map_2d(x, tokens, BLOCK_K)
     return params
 
 

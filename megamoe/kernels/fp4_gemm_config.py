@@ -25,8 +25,74 @@ MAX_TOKEN_TILE = {"store": _STORE_TILE, "accumulate": _STORE_TILE, "swiglu": {2:
 MAX_TOKEN_TILE_SIZES = 16
 
 
+class GemmBlock:
+    """Base of the configs of kernels around the FP4 main loop: threads of a block, and its shared memory as SmemPlan of csrc has it.
+
+    Subclasses are dataclasses with these fields, and say in `fixed_bytes` and `max_gemm_bytes` what their kernel needs beside the stages.
+    """
+
+    num_math_warpgroups: int
+    token_tiles: tuple[int, ...]
+    num_stages: int
+    max_groups: int
+    fixed_bytes: int
+    smem_bytes: int
+
+    @property
+    def tile_rows(self) -> int:
+        return 64 * self.num_math_warpgroups
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (self.num_math_warpgroups + 1)
+
+    @property
+    def max_token_tile(self) -> int:
+        return self.token_tiles[-1]
+
+    @property
+    def stage_bytes(self) -> int:
+        return round_up(self.num_math_warpgroups * UNIT_BYTES, 1024) + self.max_token_tile * BLOCK_K
+
+    @property
+    def gemm_bytes(self) -> int:
+        """SmemPlan::kBytes."""
+        return self.num_stages * (self.stage_bytes + 16) + self.fixed_bytes
+
+    @property
+    def max_gemm_bytes(self) -> int:
+        return MAX_SMEM_BYTES
+
+    @property
+    def fitting_stages(self) -> int:
+        return (self.max_gemm_bytes - self.fixed_bytes) // (self.stage_bytes + 16)
+
+    def _bytes_beside_stages(self, token_floats: int, has_bias: bool) -> int:
+        """Epilogue staging, values per token, biases, group table and tile ring. The kernel asserts that the sum is its own."""
+        per_token = STAGING_PITCH + 4 * token_floats
+        biases = 4 * self.tile_rows if has_bias else 0
+        num_bytes = self.num_math_warpgroups * self.max_token_tile * per_token + biases + self.max_groups * GROUP_ENTRY_BYTES + 16
+        return round_up(num_bytes, 16) + TILE_RING_BYTES
+
+    def _need(self, op: str, ok: bool, what: str, expected: object, fix: str) -> None:
+        check(ok, op, what, expected, getattr(self, what), fix)
+
+    def _check_block(self, op: str, largest_tiles: dict[int, int]) -> None:
+        """Raise ValueError unless tiles, group table and stages are legal; `largest_tiles` by number of math warpgroups."""
+        self._need(op, self.num_math_warpgroups in largest_tiles, "num_math_warpgroups", f"one of {tuple(largest_tiles)}", "see REGISTERS")
+        largest, most, tiles = largest_tiles[self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES, self.token_tiles
+        is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
+        self._need(op, is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles",
+                   f"at most {most} ascending multiples of 8 up to {largest}", "use fewer sizes or fewer warpgroups")
+        is_power = self.max_groups > 0 and self.max_groups & (self.max_groups - 1) == 0
+        self._need(op, is_power, "max_groups", "a power of two", "round it up")
+        self._need(op, 2 <= self.num_stages, "num_stages", "at least 2", "a ring needs two")
+        fits = self.smem_bytes <= MAX_SMEM_BYTES
+        self._need(op, fits, "num_stages", f"at most {self.fitting_stages} in {MAX_SMEM_BYTES} bytes", "use fewer stages")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Fp4GemmConfig:
+class Fp4GemmConfig(GemmBlock):
     """One compiled fp4_gemm.
 
     Args:
@@ -52,30 +118,11 @@ class Fp4GemmConfig:
     scatter: bool = False
 
     def __post_init__(self):
-        def need(ok: bool, what: str, expected: object, fix: str) -> None:
-            check(ok, OP, what, expected, getattr(self, what), fix)
-
-        need(self.num_math_warpgroups in REGISTERS, "num_math_warpgroups", f"one of {tuple(REGISTERS)}", "see REGISTERS")
-        need(self.epilogue in EPILOGUES, "epilogue", f"one of {EPILOGUES}", "pick one of them")
-        need(not self.has_bias or self.epilogue != "swiglu", "has_bias", "False for swiglu", "it takes a bias as it is")
-        need(not self.scatter or self.epilogue == "store", "scatter", "False unless the epilogue is store", "accumulate into a tensor")
-        largest, most = MAX_TOKEN_TILE[self.epilogue][self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES
-        tiles = self.token_tiles
-        is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
-        need(is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles",
-             f"at most {most} ascending multiples of 8 up to {largest}", "use fewer sizes or fewer warpgroups")
-        need(self.max_groups > 0 and self.max_groups & (self.max_groups - 1) == 0, "max_groups", "a power of two", "round it up")
-        need(2 <= self.num_stages, "num_stages", "at least 2", "a ring needs two")
-        need(self.smem_bytes <= MAX_SMEM_BYTES, "num_stages", f"at most {self.fitting_stages} in {MAX_SMEM_BYTES} bytes",
-             "use fewer stages")
-
-    @property
-    def tile_rows(self) -> int:
-        return 64 * self.num_math_warpgroups
-
-    @property
-    def num_threads(self) -> int:
-        return 128 * (self.num_math_warpgroups + 1)
+        self._need(OP, self.epilogue in EPILOGUES, "epilogue", f"one of {EPILOGUES}", "pick one of them")
+        self._need(OP, not self.has_bias or self.epilogue != "swiglu", "has_bias", "False for swiglu", "it takes a bias as it is")
+        can_scatter = not self.scatter or self.epilogue == "store"
+        self._need(OP, can_scatter, "scatter", "False unless the epilogue is store", "accumulate into a tensor")
+        self._check_block(OP, MAX_TOKEN_TILE[self.epilogue])
 
     @property
     def math_registers(self) -> int:
@@ -95,25 +142,12 @@ class Fp4GemmConfig:
         return (MAX_DOUBLE_BUFFERED_WITH_BIAS if self.has_bias else MAX_DOUBLE_BUFFERED)[self.num_math_warpgroups]
 
     @property
-    def max_token_tile(self) -> int:
-        return self.token_tiles[-1]
-
-    @property
-    def stage_bytes(self) -> int:
-        return _round_up(self.num_math_warpgroups * UNIT_BYTES, 1024) + self.max_token_tile * BLOCK_K
-
-    @property
     def fixed_bytes(self) -> int:
-        """Shared memory beside the stages: epilogue staging, values per token, group table. The kernel asserts that the sum is its own."""
-        token_floats = 6 if self.epilogue == "swiglu" else 2 if self.has_bias else 1
-        per_token = STAGING_PITCH + 4 * token_floats
-        biases = 4 * self.tile_rows if self.has_bias else 0
-        num_bytes = self.num_math_warpgroups * self.max_token_tile * per_token + biases + self.max_groups * GROUP_ENTRY_BYTES + 16
-        return _round_up(num_bytes, 16) + TILE_RING_BYTES
+        return self._bytes_beside_stages(6 if self.epilogue == "swiglu" else 2 if self.has_bias else 1, self.has_bias)
 
     @property
     def smem_bytes(self) -> int:
-        return self.num_stages * (self.stage_bytes + 16) + self.fixed_bytes
+        return self.gemm_bytes
 
     def workspace_bytes(self, num_blocks: int) -> int:
         """Workspace for tiles that are cut along K (roles/tail_sums.cuh): four flags per block, then a slot of sums per block and
@@ -125,10 +159,6 @@ class Fp4GemmConfig:
         changed = replace(self, has_bias=has_bias, scatter=scatter, num_stages=2)
         return replace(changed, num_stages=min(self.num_stages, changed.fitting_stages))
 
-    @property
-    def fitting_stages(self) -> int:
-        return (MAX_SMEM_BYTES - self.fixed_bytes) // (self.stage_bytes + 16)
-
 
 def largest_workspace_bytes(num_blocks: int) -> int:
     """What every legal config can work with."""
@@ -136,7 +166,8 @@ def largest_workspace_bytes(num_blocks: int) -> int:
     return num_blocks * (4 * 4 + per_block // 2 * 128 * 4)
 
 
-def _round_up(a: int, b: int) -> int:
+def round_up(a: int, b: int) -> int:
+    """`a`, or the next multiple of `b`."""
     return -(-a // b) * b
 
 

@@ -1,30 +1,13 @@
 """The two fp4_gemms of an MoE layer: which configs serve which number of tokens, and loading them ahead of a call."""
 
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megamoe.kernels import fp4_gemm, jit
+from megamoe.kernels import fp4_gemm
 from megamoe.kernels.fp4_gemm_config import OP, Fp4GemmConfig
+from megamoe.kernels.loading import load_kernels
+from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
 from megamoe.kernels.tuning.sm90 import choose_fp4_gemm
-
-ARCH = "sm_90a"
-_loaded: set[tuple[Fp4GemmConfig, int]] = set()  # with the device
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEShape:
-    """What the configs of a layer depend on. `scatter`: linear 2 writes each row to an address of its own."""
-
-    hidden: int
-    intermediate: int
-    num_experts: int
-    num_topk: int
-    num_ranks: int
-    has_down_bias: bool
-    scatter: bool
-    num_sms: int
 
 
 @dataclass(frozen=True)
@@ -33,11 +16,6 @@ class MoEGemms:
 
     gate_up: Fp4GemmConfig
     down: Fp4GemmConfig
-
-
-def token_bucket(num_tokens: int) -> int:
-    """The power of two that stands for `num_tokens` tokens of a rank, so that few configs serve every call."""
-    return 1 << max(0, num_tokens - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,10 +38,5 @@ def all_moe_gemms(shape: MoEShape, max_tokens: int) -> dict[int, MoEGemms]:
 
 
 def load_gemms(configs: frozenset[Fp4GemmConfig], device: int) -> None:
-    """Compile what the cache lacks, several kernels at once, and load all on `device`: launches then neither compile nor allocate."""
-    missing = [config for config in configs if (config, device) not in _loaded]
-    with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
-        list(pool.map(lambda config: jit.fetch(OP, fp4_gemm.source(config), ARCH), missing))
-    for config in missing:
-        jit.build(OP, config, lambda config=config: fp4_gemm.source(config), fp4_gemm.ENTRY, device)
-        _loaded.add((config, device))
+    """Load the kernels of `configs` on `device`."""
+    load_kernels(((OP, config, lambda config=config: fp4_gemm.source(config), fp4_gemm.ENTRY) for config in configs), device)

@@ -8,10 +8,14 @@ from megamoe.comm.protocol import ArenaDims, emit_struct, pack
 from megamoe.kernels import codegen
 from megamoe.kernels.launch import params_struct
 
-THREADS = {"moe_stage": 256, "moe_route": 1024, "moe_assign": 512, "moe_pull": 256, "moe_combine": 256}
-OPS = tuple(THREADS)
+ROUTING_OPS = ("moe_stage", "moe_route", "moe_assign")
+OPS = (*ROUTING_OPS, "moe_pull", "moe_combine")
 CHUNK_ENTRIES = 2048  # (token, slot) entries that one block routes
 MAX_RANKS = 72  # Symm::kMaxRanks
+_THREADS = {"moe_route": 1024, "moe_assign": 512, "moe_pull": 256, "moe_combine": 256}
+_BLOCKS_PER_SM = {"moe_pull": 3, "moe_combine": 4}  # as their registers allow
+# moe_stage has a block per token. Its threads hold this many 16-byte vectors of BF16 each, and at most 72 registers.
+_STAGE_VECTORS, _STAGE_THREADS_PER_SM, _MAX_BLOCKS_PER_SM = 4, 896, 32
 
 _u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
 
@@ -46,6 +50,21 @@ PARAMS = {
 }
 
 
+def threads(op: str, dims: ArenaDims) -> int:
+    """Threads of a block of `op`."""
+    if op != "moe_stage":
+        return _THREADS[op]
+    num_vectors = dims.hidden // 8
+    return min(1024, 32 * -(-num_vectors // (32 * _STAGE_VECTORS)))
+
+
+def blocks_per_sm(op: str, dims: ArenaDims) -> int:
+    """Blocks of moe_stage, moe_pull or moe_combine that run on an SM at once."""
+    if op != "moe_stage":
+        return _BLOCKS_PER_SM[op]
+    return max(1, min(_MAX_BLOCKS_PER_SM, _STAGE_THREADS_PER_SM // threads(op, dims)))
+
+
 def num_entries(dims: ArenaDims) -> int:
     """(token, slot) entries of all ranks at capacity, each of which may be a row here: a token may name an expert twice."""
     return dims.num_ranks * dims.max_tokens * dims.num_topk
@@ -61,18 +80,22 @@ def num_chunks(dims: ArenaDims) -> int:
     return -(-dims.max_tokens * dims.num_topk // CHUNK_ENTRIES)
 
 
-def source(op: str, dims: ArenaDims) -> str:
-    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`."""
+def source(op: str, dims: ArenaDims, is_one_pass: bool = False) -> str:
+    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`; `is_one_pass`: all rows are one pass, however many."""
+    passes = (1, num_entries(dims)) if is_one_pass else (num_passes(dims), dims.pool_rows)
     config = {"num_ranks": dims.num_ranks, "max_tokens": dims.max_tokens, "num_topk": dims.num_topk, "num_experts": dims.num_experts,
-              "num_local_experts": dims.num_experts // dims.num_ranks, "hidden": dims.hidden, "pool_rows": dims.pool_rows,
-              "num_passes": num_passes(dims), "chunk_entries": CHUNK_ENTRIES, "num_chunks": num_chunks(dims)}
-    params = PARAMS[op].__name__
+              "num_local_experts": dims.num_experts // dims.num_ranks, "hidden": dims.hidden, "num_passes": passes[0],
+              "pool_rows": passes[1], "chunk_entries": CHUNK_ENTRIES, "num_chunks": num_chunks(dims),
+              "stage_threads": threads("moe_stage", dims)}
+    params, bounds = PARAMS[op].__name__, str(threads(op, dims))
+    if op == "moe_stage":
+        bounds += f", {blocks_per_sm(op, dims)}"
     arguments = "Config" if op == "moe_assign" else "Layout, Config"
     return "\n".join([
         f"#include <megamoe/kernels/{op}.cuh>",
         emit_struct(pack(dims)),
         codegen.emit_struct("Config", config),
-        f'extern "C" __global__ void __launch_bounds__({THREADS[op]}) {op}(const __grid_constant__ megamoe::{params} params) {{',
+        f'extern "C" __global__ void __launch_bounds__({bounds}) {op}(const __grid_constant__ megamoe::{params} params) {{',
         f"  megamoe::{op}<{arguments}>(params);",
         "}",
         "",

@@ -69,7 +69,9 @@ class MegaMoE(nn.Module):
 
     @property
     def inputs(self) -> InputViews:
-        """Arena views for producers that write a call's inputs in place. They may be written between calls, never during one."""
+        """Arena views for producers that write a call's inputs in place. They may be written between calls, never during one.
+
+        Where kernels drive the call, unfused or fused, they fold tokens in place: all bytes of a token's x_sf become its one exponent."""
         view = self.arena.view
         return InputViews(view("x"), view("x_sf") if self.cfg.is_fp8 else None, view("topk_idx"), view("topk_weights"))
 
@@ -110,9 +112,9 @@ class MegaMoE(nn.Module):
                 naming rank, token and slot.
             PeerTimeoutError: a peer stayed silent past the deadline (then `reset` on all ranks) or failed before the call.
 
-        Sync: the reference engine returns when every peer has finished with this call. The unfused engine is stream-ordered and may be
-        captured in a CUDA graph; what its kernels find wrong, a silent peer or a topk_idx, is raised by the next call after it has been
-        enqueued, by `check`, or at once with MEGAMOE_CHECK=1. A call that failed gives NaN.
+        Sync: the reference engine returns when every peer has finished with this call. The unfused and the fused engine are stream-ordered
+        and may be captured in a CUDA graph; what their kernels find wrong, a silent peer or a topk_idx, is raised by the next call after it
+        has been enqueued, by `check`, or at once with MEGAMOE_CHECK=1. A call that failed gives NaN.
         """
         codes, x_sf = (x.codes, x.sf) if isinstance(x, QuantizedTokens) else (x, None)
         if topk_idx is None:

@@ -25,6 +25,7 @@ class LayerCase:
     has_bias: bool = False
     arena_bytes: int | None = None
     nan_tokens: tuple[int, ...] = field(default=())  # tokens of rank 0 that get a NaN or an Inf
+    weights_device: str = "cpu"  # where they are drawn and kept; "cuda" draws other values, equal on GPUs of one kind
 
     @property
     def num_ranks(self) -> int:
@@ -34,19 +35,24 @@ class LayerCase:
         return replace(self, seed=seed)
 
 
-def _generator(*seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(seed) % 2**63)
+def _generator(*seed: int, device: str = "cpu") -> torch.Generator:
+    current = torch.empty(0, device=device).device  # with its index, which a generator needs
+    return torch.Generator(current).manual_seed(hash(seed) % 2**63)
 
 
 # A rank takes its slice for the layer and the whole for the oracle: large cases should be drawn and quantised once.
 @lru_cache(maxsize=1)
 def global_weights(case: LayerCase) -> ExpertWeights:
     """All E experts in the precision of the config (FP4Weight, FP8Weight, BF16 or FP32), values of order one after each linear."""
-    cfg, g = case.cfg, _generator(case.seed, 1)
-    gate_up = torch.randn(cfg.num_experts, 2 * cfg.intermediate, cfg.hidden, generator=g) / cfg.hidden**0.5
-    down = torch.randn(cfg.num_experts, cfg.hidden, cfg.intermediate, generator=g) / cfg.intermediate**0.5
-    gate_up_bias = torch.randn(gate_up.shape[:2], generator=g) * 0.5 if case.has_bias else None
-    down_bias = torch.randn(down.shape[:2], generator=g) * 0.5 if case.has_bias else None
+    cfg, g = case.cfg, _generator(case.seed, 1, device=case.weights_device)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device=case.weights_device)
+
+    gate_up = randn(cfg.num_experts, 2 * cfg.intermediate, cfg.hidden).div_(cfg.hidden**0.5)
+    down = randn(cfg.num_experts, cfg.hidden, cfg.intermediate).div_(cfg.intermediate**0.5)
+    gate_up_bias = randn(*gate_up.shape[:2]) * 0.5 if case.has_bias else None
+    down_bias = randn(*down.shape[:2]) * 0.5 if case.has_bias else None
     convert = {"fp8xfp4": quantize_fp4, "fp8xfp8": quantize_fp8, "bf16": torch.Tensor.bfloat16, "fp32": torch.Tensor.float}[cfg.precision]
     return ExpertWeights(convert(gate_up), convert(down), gate_up_bias, down_bias)
 

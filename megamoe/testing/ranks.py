@@ -3,6 +3,8 @@
 Ranks are children of a fork server that has torch imported; they find each other through a file, not a port, and die with the parent.
 """
 
+import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -17,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 _START_TIMEOUT_S = 120.0
+_STACK_TIMEOUT_S = 2.0
 
 
 class RankLostError(RuntimeError):
@@ -130,7 +133,8 @@ class RankPool:
         while pending:
             readable = wait(list(pending), max(0.0, deadline - time.monotonic()))
             if not readable:
-                lost |= {rank: RankLostError(f"rank {rank} did not answer within {timeout_s:.1f} s") for rank in pending.values()}
+                lost |= {rank: RankLostError(f"rank {rank} did not answer within {timeout_s:.1f} s; its threads were at\n"
+                                             f"{self._stack_of(rank)}") for rank in pending.values()}
                 break
             for connection in readable:
                 rank = pending.pop(connection)
@@ -142,10 +146,29 @@ class RankPool:
                     lost[rank] = RankLostError(f"rank {rank} died with exit code {process.exitcode}")
         return replies, lost
 
+    def _stack_of(self, rank: int) -> str:
+        """Where a rank is, in its own words; it can tell even from inside a call that holds the interpreter."""
+        path = _stack_path(self._store.name, rank)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._ranks[rank][0].pid, signal.SIGUSR1)
+        deadline, text = time.monotonic() + _STACK_TIMEOUT_S, None
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            before, text = text, path.read_text() if path.exists() else ""
+            if text and text == before:
+                return text
+        return "(no answer)"
+
+
+def _stack_path(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stack-{rank}"
+
 
 def _rank_main(rank: int, num_ranks: int, store: str, connection: Connection) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
+    stack = open(_stack_path(os.path.dirname(store), rank), "w")  # lives as long as we do: the handler writes to its descriptor
+    faulthandler.register(signal.SIGUSR1, stack)
     import torch
     import torch.distributed as dist
 

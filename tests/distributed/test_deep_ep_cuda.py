@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from device_engines import IS_HOPPER, NUM_GPUS, bits, device_inputs, device_layer, poison, received
 from test_moe import small_case
-from test_unfused_cuda import IS_HOPPER, NUM_GPUS, bits, device_inputs, poison, received, unfused_layer
 
 from megamoe.engines import unfused
 from megamoe.testing.inputs import LayerCase
@@ -19,59 +19,68 @@ pytestmark = [
 every_world = pytest.mark.parametrize("num_ranks", [n for n in (2, 4) if n <= max(NUM_GPUS, 2)])
 
 
-def run_cases(rank: int, num_ranks: int, cases: list[LayerCase], is_bitwise: bool) -> list[int]:
-    """Each case twice over DeepEP, judged by the oracle and, if `is_bitwise`, by the arena transport. Returns the passes of each."""
-    torch.cuda.set_device(rank)
-    arena_env, passes = unfused.env, []
-    for case in cases:
-        inputs = device_inputs(case, rank)
-        with unfused_layer(case, rank) as layer:
-            of_arena = layer(*inputs)
+def run_deep_ep(rank: int, case: LayerCase, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, int]:
+    """Two calls over DeepEP, judged by the oracle. Returns y and the number of passes."""
+    arena_env = unfused.env
+    try:
+        unfused.env = replace(arena_env, transport="deep_ep")
+        with device_layer(case, rank) as layer:
+            poison(layer)
+            y, again = layer(*inputs), layer(*inputs)
             layer.check()
-        try:
-            unfused.env = replace(arena_env, transport="deep_ep")
-            with unfused_layer(case, rank) as layer:
-                poison(layer)
-                y, again = layer(*inputs), layer(*inputs)
-                layer.check()
-                assert torch.equal(layer.expert_load().cpu(), 2 * received(case, rank)), f"rank {rank} of {case}"
-                passes.append(layer.engine._transport.num_passes)
-        finally:
-            unfused.env = arena_env
-        assert torch.equal(bits(again), bits(y)), f"two runs differ: rank {rank} of {case}"
-        assert_case_accepted(case, rank, y, layer.engine.act_group)
-        assert not is_bitwise or torch.equal(bits(y), bits(of_arena)), f"rank {rank} of {case}"
-    return passes
+            assert torch.equal(layer.expert_load().cpu(), 2 * received(case, rank)), f"rank {rank} of {case}"
+            num_passes = layer.engine._transport.num_passes
+    finally:
+        unfused.env = arena_env
+    assert torch.equal(bits(again), bits(y)), f"two runs differ: rank {rank} of {case}"
+    assert_case_accepted(case, rank, y, layer.engine.act_group)
+    return y, num_passes
+
+
+def run_case(rank: int, num_ranks: int, case: LayerCase) -> int:
+    torch.cuda.set_device(rank)
+    return run_deep_ep(rank, case, device_inputs(case, rank))[1]
+
+
+def run_beside_arena(rank: int, num_ranks: int, case: LayerCase) -> None:
+    torch.cuda.set_device(rank)
+    inputs = device_inputs(case, rank)
+    y, _ = run_deep_ep(rank, case, inputs)
+    with device_layer(case, rank) as layer:
+        assert torch.equal(bits(layer(*inputs)), bits(y)), f"rank {rank} of {case}"
+
+
+# Tokens of even and odd ranks, and the layer. One test each, as each compiles its kernels: a time-out then says which.
+EDGES = {
+    **{routing: (0, 17, {"routing": routing, "has_bias": True}) for routing in ("uniform", "zipf", "skips", "one-rank", "one-expert")},
+    "no tokens": (0, 0, {}),
+    "nan": (24, 24, {"swiglu_limit": 0.5, "nan_tokens": (2, 5, 11)}),
+    "top-32": (5, 5, {"num_topk": 32, "num_experts": 32}),
+    "gpt-oss sizes": (3, 3, {"hidden": 2880, "intermediate": 2880, "num_experts": 4, "num_topk": 2}),
+    "qwen3-30b sizes": (300, 300, {"hidden": 2048, "intermediate": 768, "num_experts": 16, "num_topk": 8, "max_tokens_per_rank": 300}),
+    "v3 sizes": (64, 64, {"hidden": 7168, "intermediate": 2048, "num_topk": 6, "max_tokens_per_rank": 64}),
+}
 
 
 @every_world
-def test_edges_within_the_acceptance(rank_pool, num_ranks):
-    no_tokens = tuple(17 * (rank % 2) for rank in range(num_ranks))
-    cases = [small_case(routing=routing, has_bias=True, tokens=no_tokens)
-             for routing in ("uniform", "zipf", "skips", "one-rank", "one-expert")]
-    cases += [
-        small_case(tokens=(0,) * num_ranks),
-        small_case(tokens=(24,) * num_ranks, swiglu_limit=0.5, nan_tokens=(2, 5, 11)),
-        small_case(tokens=(5,) * num_ranks, num_topk=32, num_experts=32),
-        small_case(tokens=(3,) * num_ranks, hidden=2880, intermediate=2880, num_experts=num_ranks, num_topk=2),
-        small_case(tokens=(300,) * num_ranks, hidden=2048, intermediate=768, num_experts=16, num_topk=8, max_tokens_per_rank=300),
-        small_case(tokens=(64,) * num_ranks, hidden=7168, intermediate=2048, num_topk=6, max_tokens_per_rank=64),
-    ]
-    rank_pool(num_ranks).run(run_cases, cases, False, timeout_s=400)
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_within_the_acceptance(rank_pool, name, num_ranks):
+    even, odd, options = EDGES[name]
+    case = replace(small_case(tokens=(even, odd) * (num_ranks // 2), **options), weights_device="cuda")
+    rank_pool(num_ranks).run(run_case, case, timeout_s=120)
 
 
 @every_world
-def test_tokens_of_one_rank_have_the_bits_of_the_arena(rank_pool, num_ranks):
-    cases = [small_case(num_topk=1, tokens=(17,) * num_ranks, has_bias=True), small_case(routing="one-rank", tokens=(13,) * num_ranks),
-             small_case(routing="one-rank", hidden=2048, num_topk=2, tokens=(24,) * num_ranks)]
-    rank_pool(num_ranks).run(run_cases, cases, True, timeout_s=200)
+@pytest.mark.parametrize("options", ({"num_topk": 1, "has_bias": True}, {"routing": "one-rank"},
+                                     {"routing": "one-rank", "hidden": 2048, "num_topk": 2}), ids=str)
+def test_tokens_of_one_rank_have_the_bits_of_the_arena(rank_pool, options, num_ranks):
+    rank_pool(num_ranks).run(run_beside_arena, small_case(tokens=(17,) * num_ranks, **options), timeout_s=120)
 
 
 @every_world
 def test_passes_within_the_acceptance(rank_pool, num_ranks):
     case = small_case(routing="one-rank", max_tokens_per_rank=200, num_topk=4, tokens=(200,) * num_ranks, arena_bytes=230_000)
-    passes = rank_pool(num_ranks).run(run_cases, [case], False, timeout_s=200)
-    assert max(count for counts in passes for count in counts) > 1
+    assert max(rank_pool(num_ranks).run(run_case, case, timeout_s=120)) > 1
 
 
 def run_changing_calls(rank: int, num_ranks: int, cases: list[LayerCase]) -> None:
@@ -80,7 +89,7 @@ def run_changing_calls(rank: int, num_ranks: int, cases: list[LayerCase]) -> Non
     arena_env = unfused.env
     try:
         unfused.env = replace(arena_env, transport="deep_ep")
-        with unfused_layer(cases[0], rank) as layer, unfused_layer(cases[0], rank) as other:
+        with device_layer(cases[0], rank) as layer, device_layer(cases[0], rank) as other:
             for case in cases:
                 inputs = device_inputs(case, rank)
                 assert torch.equal(bits(layer(*inputs)), bits(other(*inputs))), f"rank {rank} of {case}"
@@ -94,4 +103,4 @@ def run_changing_calls(rank: int, num_ranks: int, cases: list[LayerCase]) -> Non
 def test_changing_calls(rank_pool, num_ranks):
     sizes = ((17, 0, 3, 24), (0, 0, 0, 0), (24, 24, 24, 24), (1, 0, 0, 0), (0, 24, 1, 2), (5, 6, 7, 8))
     cases = [replace(small_case(tokens=tokens[:num_ranks], routing=("uniform", "skips")[i % 2]), seed=i) for i, tokens in enumerate(sizes)]
-    rank_pool(num_ranks).run(run_changing_calls, cases, timeout_s=200)
+    rank_pool(num_ranks).run(run_changing_calls, cases, timeout_s=120)

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+from device_engines import NUM_GPUS, bits, device_inputs, device_layer, needs_gpus, needs_hopper, poison, received
 from test_moe import small_case
-from test_unfused_cuda import NUM_GPUS, bits, device_inputs, poison, received, unfused_layer
-from test_unfused_cuda import pytestmark as _needs_hopper
 
 from megamoe import EngineUnavailableError, MegaMoE, PeerTimeoutError
 from megamoe.engines.transports import NcclTransport
 from megamoe.testing.inputs import LayerCase
 
-pytestmark = [_needs_hopper, pytest.mark.skipif(NUM_GPUS < 2, reason="needs two Hopper GPUs")]
+pytestmark = [needs_hopper, needs_gpus]
 NUM_RANKS = min(4, NUM_GPUS)
 
 
@@ -42,10 +41,10 @@ def run_cases(rank: int, num_ranks: int, cases: list[LayerCase]) -> None:
     with nccl_group(rank) as group:
         for case in cases:
             inputs = device_inputs(case, rank)
-            with unfused_layer(case, rank) as layer:
+            with device_layer(case, rank) as layer:
                 expected = layer(*inputs)
                 layer.check()
-            with unfused_layer(case, rank, group=group, backend="unmapped", engine="auto") as layer:
+            with device_layer(case, rank, group=group, backend="unmapped", engine="auto") as layer:
                 poison(layer)
                 y, again = layer(*inputs), layer(*inputs)
                 assert torch.equal(layer.expert_load().cpu(), 2 * received(case, rank))
@@ -65,7 +64,7 @@ def run_failures(rank: int, num_ranks: int, case: LayerCase):
     """Good, refused by rank 0, good, too late on rank 1, reset, good."""
     with nccl_group(rank) as group:
         x, topk_idx, topk_weights = device_inputs(case, rank)
-        with unfused_layer(case, rank, group=group, backend="unmapped", timeout_s=3.0) as layer:
+        with device_layer(case, rank, group=group, backend="unmapped", timeout_s=3.0) as layer:
             dist.barrier()  # compiling the GEMMs takes some ranks longer
             good = layer(x, topk_idx, topk_weights)
             begin = time.monotonic()

@@ -26,13 +26,14 @@ class Inputs:
 class VirtualRanks:
     """W arenas on this GPU, poisoned but for their signals, and what each rank keeps to itself."""
 
-    def __init__(self, dims: ArenaDims, timeout_s: float = 20.0):
+    def __init__(self, dims: ArenaDims, timeout_s: float = 20.0, **options):
         self.dims, self.layout, device = dims, pack(dims), torch.device("cuda", torch.cuda.current_device())
         self.arenas = [torch.full((self.layout.num_bytes,), 0xFF, dtype=torch.uint8, device=device) for _ in range(dims.num_ranks)]
         self.zero_signals()
         ptrs = [arena.data_ptr() for arena in self.arenas]
         self.calls = [DeviceCalls(device, rank, dims.num_ranks, timeout_s) for rank in range(dims.num_ranks)]
-        self.ranks = [ArenaDispatch(self.layout, rank, ptrs, self.arenas[rank], device, self.calls[rank]) for rank in range(dims.num_ranks)]
+        self.ranks = [ArenaDispatch(self.layout, rank, ptrs, self.arenas[rank], device, self.calls[rank], **options)
+                      for rank in range(dims.num_ranks)]
         self.loads = torch.zeros(dims.num_ranks, dims.num_experts // dims.num_ranks, dtype=torch.int64, device=device)
 
     def view(self, rank: int, name: str) -> torch.Tensor:

@@ -4,6 +4,8 @@ Checks no numbers. Includes groupings that are out of range, since those must no
 """
 
 import contextlib
+import sys
+from pathlib import Path
 
 import torch
 
@@ -11,7 +13,12 @@ import megamoe
 from megamoe.formats import layout_sm90, quantize_fp4, quantize_tokens
 from megamoe.kernels.fp4_gemm import fp4_gemm
 from megamoe.kernels.fp4_gemm_config import with_most_stages
-from tests.kernels.moe_ranks import DIMS, VirtualRanks, make_inputs
+
+sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
+
+from mega_cases import CANDIDATES, EDGE, FEW, PAIR, config_for, inputs_of  # noqa: E402
+from mega_ranks import MegaRanks, Ring  # noqa: E402
+from moe_ranks import DIMS, VirtualRanks, make_inputs  # noqa: E402
 
 # Warpgroups, token tiles, epilogue; K = 1056 is two promotions and a tail of K, and few tiles, which are cut along K.
 CONFIGS = ((2, (16, 64), "store"), (2, (176,), "store"), (3, (48,), "accumulate"), (4, (8, 48), "store"), (3, (24, 72), "swiglu"))
@@ -78,6 +85,11 @@ def run_dispatch() -> None:
     ranks = VirtualRanks(DIMS)
     for rank in range(DIMS.num_ranks):
         ranks.stage(rank, make_inputs(DIMS, 5 * rank, rank))
+    given = make_inputs(DIMS, DIMS.max_tokens, 7)
+    tokens, routing = megamoe.quantize_tokens(given.x.cuda(), 32), (given.topk_idx.cuda(), given.topk_weights.cuda())
+    own = VirtualRanks(DIMS)
+    for codes, sf in ((tokens.codes, tokens.sf), (own.view(0, "x"), own.view(0, "x_sf"))):
+        own.ranks[0].stage(codes, sf, *routing)
     for rank in range(DIMS.num_ranks):
         ranks.run_experts(rank)
     cfg = megamoe.MoEConfig(hidden=96, intermediate=64, num_experts=5, num_topk=3, max_tokens_per_rank=40, swiglu_limit=2.0)
@@ -94,8 +106,21 @@ def run_dispatch() -> None:
         layer.close()
 
 
+def run_mega() -> None:
+    """Few blocks, since instrumented ones are slow; rings that wrap, a bias, tokens that are few, none or skipped."""
+    for model, tiles, tokens in ((FEW, CANDIDATES[2, 32], (9,)), (PAIR, CANDIDATES[2, 32], (40, 3)), (PAIR, CANDIDATES[3, 64], (128, 90)),
+                                 (EDGE, CANDIDATES[4, 32], (70, 0, 1))):
+        ranks = MegaRanks(model, config_for(model, tiles), timeout_s=100.0, num_blocks=4)
+        for seed, ring in enumerate((ranks.ring, Ring(1, 1, 0), Ring(5, 2, 2))):
+            ranks.ring = ring
+            ranks.call(inputs_of(model, tokens, seed))
+            ranks.assert_clean()
+        print(f"mega_moe {ranks.config}")
+
+
 if __name__ == "__main__":
     run_configs()
     run_ops()
     run_elementwise()
     run_dispatch()
+    run_mega()

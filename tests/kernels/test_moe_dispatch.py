@@ -44,37 +44,60 @@ def test_no_tokens_anywhere():
     run_and_check(VirtualRanks(DIMS), [make_inputs(DIMS, 0, 0)] * DIMS.num_ranks)
 
 
-def test_staged_tokens_equal_quantize_tokens():
-    dims = replace(DIMS, num_ranks=1, hidden=7168)
-    ranks = VirtualRanks(dims)
-    given = make_inputs(dims, 61, 3)
+def assert_staged(ranks: VirtualRanks, tokens) -> None:
+    """Rank 0's arena holds the folded `tokens` (group 32), their exponent in every byte of x_sf, and nothing past them."""
+    expected, n = fold_twin(tokens), len(tokens.codes)
+    x, x_sf = ranks.view(0, "x").view(torch.uint8).cpu(), ranks.view(0, "x_sf").cpu()
+    assert torch.equal(x_sf[:n], expected.sf.expand(-1, x_sf.shape[1]))
+    assert torch.equal(canonical(x[:n]), canonical(expected.codes.view(torch.uint8)))
+    assert (x[n:] == 0xFF).all() and (x_sf[n:] == 0xFF).all(), "nothing past T"
+
+
+# The last: more tokens than blocks, so that blocks take several and fetch ahead.
+@pytest.mark.parametrize("hidden, num_tokens", ((32, 9), (96, 61), (544, 61), (2880, 61), (7168, 61), (16416, 9), (7168, 1700)))
+def test_staged_tokens_equal_quantize_and_fold(hidden, num_tokens):
+    ranks = VirtualRanks(replace(DIMS, num_ranks=1, hidden=hidden, max_tokens=num_tokens + 3, pool_rows=16384))
+    given = make_inputs(ranks.dims, num_tokens, 3)
     given.x[0] = 0.0
-    given.x[1, 5], given.x[2, 40], given.x[3, 7000] = torch.nan, torch.inf, -torch.inf
+    given.x[1, 5], given.x[2, 10], given.x[3, hidden - 1] = torch.nan, torch.inf, -torch.inf
     given.x[4] = 3.3895e38
     given.x[5] = 1e-30
-    given.x[6, :64] = torch.tensor([448.0, -448.0] * 32)
-    given.x[7, :64] = torch.tensor([450.0, -0.0] * 32)
+    given.x[6, :32] = torch.tensor([448.0, -448.0] * 16)
+    given.x[7, :32] = torch.tensor([450.0, -0.0] * 16)
     ranks.stage(0, given)
-    expected = quantize_tokens(given.x, 32)
-    assert torch.equal(ranks.view(0, "x_sf")[:61].cpu(), expected.sf)
-    got = ranks.view(0, "x")[:61].view(torch.uint8).cpu()
-    assert torch.equal(canonical(got), canonical(expected.codes.view(torch.uint8)))
-    assert (ranks.view(0, "x")[61:].view(torch.uint8) == 0xFF).all() and (ranks.view(0, "x_sf")[61:] == 0xFF).all(), "nothing past T"
-    assert torch.equal(ranks.view(0, "topk_idx")[:61].cpu(), given.topk_idx) and int(ranks.view(0, "num_tokens")) == 61
+    assert_staged(ranks, quantize_tokens(given.x, 32))
+    assert torch.equal(ranks.view(0, "topk_idx")[:num_tokens].cpu(), given.topk_idx)
+    assert torch.equal(ranks.view(0, "topk_weights")[:num_tokens].cpu(), given.topk_weights)
+    assert int(ranks.view(0, "num_tokens")) == num_tokens
 
 
-@pytest.mark.parametrize("in_arena", [False, True])
-def test_codes_and_scales_are_taken_as_they_are(in_arena):
+@pytest.mark.parametrize("num_tokens, hidden", ((33, 96), (1700, 7168)))
+@pytest.mark.parametrize("in_arena", ((), ("x", "x_sf", "topk_idx", "topk_weights"), ("x",), ("x_sf",)), ids=str)
+def test_codes_and_scales_are_folded_where_they_are(num_tokens, hidden, in_arena):
+    ranks = VirtualRanks(replace(DIMS, num_ranks=1, hidden=hidden, max_tokens=num_tokens + 3, pool_rows=16384))
+    given = make_inputs(ranks.dims, num_tokens, 4)
+    given.x[2, 5] = torch.nan
+    tokens = quantize_tokens(given.x, 32)
+    assert (tokens.sf != tokens.sf[:, :1]).any(1).all(), "every token must have something to fold"
+    sources = {"x": tokens.codes, "x_sf": tokens.sf, "topk_idx": given.topk_idx, "topk_weights": given.topk_weights}
+    for name, source in sources.items():
+        sources[name] = source.cuda()
+        if name in in_arena:
+            sources[name] = ranks.view(0, name)[:num_tokens].copy_(source)
+    ranks.ranks[0].stage(*sources.values())
+    assert_staged(ranks, tokens)
+    before = ranks.view(0, "x").view(torch.uint8).clone()
+    if len(in_arena) == 4:
+        ranks.ranks[0].stage(*sources.values())
+        assert torch.equal(ranks.view(0, "x").view(torch.uint8), before), "folded tokens stay as they are"
+        assert_staged(ranks, tokens)
+
+
+def test_quantised_tokens_reach_the_experts():
     ranks = VirtualRanks(replace(DIMS, num_ranks=1))
     given = make_inputs(ranks.dims, 33, 4)
     tokens = quantize_tokens(given.x, 32)
-    sources = [tokens.codes.cuda(), tokens.sf.cuda(), given.topk_idx.cuda(), given.topk_weights.cuda()]
-    if in_arena:
-        places = [ranks.view(0, name)[:33] for name in ("x", "x_sf", "topk_idx", "topk_weights")]
-        for place, source in zip(places, sources):
-            place.copy_(source)
-        sources = places
-    ranks.ranks[0].stage(*sources)
+    ranks.ranks[0].stage(tokens.codes.cuda(), tokens.sf.cuda(), given.topk_idx.cuda(), given.topk_weights.cuda())
     passes = [ranks.run_experts(0)]
     assert_call(ranks.dims, [given], passes, ranks.combine([33]))
 

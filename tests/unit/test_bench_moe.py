@@ -19,25 +19,16 @@ import bench_moe  # noqa: E402
 import bench_moe_run  # noqa: E402
 from bench_moe_cases import MODELS, MOE_FLOOR_FORMULA, ROUTINGS, draw_routing, expert_counts, layer_work, model_config  # noqa: E402
 from bench_moe_peers import TorchPeer  # noqa: E402
-from bench_moe_report import (  # noqa: E402
-    BEGIN,
-    END,
-    About,
-    Record,
-    append_records,
-    make_record,
-    markdown_table,
-    read_records,
-    terminal_table,
-    update_page,
-)
+from bench_moe_report import About, Record, make_record, markdown_table, terminal_table  # noqa: E402
 
 from megamoe import MoEConfig  # noqa: E402
 from megamoe.errors import EngineUnavailableError  # noqa: E402
 from megamoe.reference.oracle import moe_oracle  # noqa: E402
 from megamoe.testing.compare import error_report  # noqa: E402
 from megamoe.testing.ranks import RankPool  # noqa: E402
+from megamoe.testing.report import append_records, page_markers, read_records  # noqa: E402
 
+BEGIN, END = page_markers("bench_moe.py")
 TINY = model_config("tiny", 64)
 WORK = layer_work(TINY, torch.ones(2, 8, dtype=torch.int64), num_tokens=4)
 ABOUT = About(model="v4-pro", num_ranks=4, engine="unfused", backend="torch", routing="uniform", graph=True, act_group=32, max_tokens=8192,
@@ -207,28 +198,32 @@ def test_record_by_hand(tmp_path):
     path = tmp_path / "perf" / "moe.jsonl"
     append_records(path, [found])
     append_records(path, [record(700.0)])
-    assert read_records([path]) == [found, record(700.0)]
-    lines = terminal_table(read_records([path])).splitlines()
+    assert read_records([path], Record) == [found, record(700.0)]
+    lines = terminal_table(read_records([path], Record)).splitlines()
     assert len(lines) == 4 and "unfused, graph" in lines[2] and "100.0-200.0" in lines[2] and "2.0e-03 / 4.0e-03" in lines[3]
 
 
 def test_markdown_from_canned_records():
     peer = {"engine": "torch bf16", "graph": False}
     records = [record(650.0), record(550.0), record(1200.0, 32), record(900.0, model="v3"), record(800.0, **peer),
-               record(70.0, routing="zipf")]
+               record(70.0, routing="zipf"), record(470.0, engine="fused")]
     lines = markdown_table(records).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1, "every row has every column"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
-    assert [row[3] for row in rows if row[5] == "not measured"] == ["1", "128", "512", "2048", "8192"]
+    assert [row[3] for row in rows if row[4:6] == ["unfused", "not measured"]] == ["1", "128", "512", "2048", "8192"]
+    fused = [row[3] for row in rows if row[4:6] == ["fused", "not measured"]]
+    assert fused == ["1", "32", "64", "128", "256", "512", "1024", "2048", "4096", "8192"]
     measured = [row[:9] for row in rows if row[5] != "not measured"]
     assert measured == [
+        ["v4-pro", "4", "uniform", "8", "fused, graph", "470", "480", "yes", "757"],
         ["v4-pro", "4", "uniform", "8", "torch bf16", "800", "", "", ""],
         ["v4-pro", "4", "uniform", "8", "unfused, graph", "550", "600", "yes", "757"],
         ["v4-pro", "4", "uniform", "32", "unfused, graph", "1200", "1000", "no", "1433"],
         ["v4-pro", "4", "zipf", "8", "unfused, graph", "70", "", "", ""],
         ["v3", "4", "uniform", "8", "unfused, graph", "900", "", "", ""]]
-    assert rows[2][9:] == ["530-570", "33", f"{WORK.floor_us:.0f}", f"{WORK.floor_us / 5.5:.0f} %", "0", "0", "0.0", "1.50",
+    unfused, = (row for row in rows if row[:6] == ["v4-pro", "4", "uniform", "8", "unfused, graph", "550"])
+    assert unfused[9:] == ["530-570", "33", f"{WORK.floor_us:.0f}", f"{WORK.floor_us / 5.5:.0f} %", "0", "0", "0.0", "1.50",
                            "2.0e-03 / 4.0e-03", "abc1234"]
     assert lines[-2:] == ["", "- NVIDIA H200, torch 2.11, commit abc1234, 2026-11-21: `torchrun launch/bench_moe.py`"]
 
@@ -241,9 +236,6 @@ def test_markdown_rewrites_only_between_the_markers(tmp_path, monkeypatch):
     for _ in range(2):
         assert bench_moe.main(["--markdown", str(data)]) == 0
         assert page.read_text() == f"before\n{BEGIN}\n{markdown_table([record(650.0)])}{END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match=re.escape("must have one pair of markers") + ".*got 0 and 0; restore them"):
-        update_page(page, "text")
 
 
 def test_the_page_in_docs_has_the_markers_and_the_formula():
@@ -255,6 +247,8 @@ def test_the_page_in_docs_has_the_markers_and_the_formula():
 @pytest.mark.parametrize("argv, message", [
     (["--tokens", "8,x"], "bench_moe: --tokens must be numbers joined by commas, got '8,x'; e.g. 1,8,32"),
     (["--tokens", "8", "--max-tokens", "4"], "bench_moe: --max-tokens must be at least 8, got 4; raise it or leave it out"),
+    (["--engine", "fast"], "bench_moe: --engine must be of reference, unfused, fused, joined by commas, got 'fast'; e.g. fused,unfused"),
+    (["--engine", "fused,"], "bench_moe: --engine must be of reference, unfused, fused, joined by commas, got 'fused,'"),
     (["--routings", "0"], "bench_moe: --routings and --calls must be positive, got 0 and 5; pass at least 1"),
     (["--tokens", "8"], "bench_moe: ranks must be started by torchrun, got a plain process; see --help for the command")])
 def test_bad_arguments(argv, message, capsys, monkeypatch):
@@ -262,6 +256,28 @@ def test_bad_arguments(argv, message, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         bench_moe.parse_args(argv)
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_engines_by_name(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert bench_moe.parse_args([]).engine == ["unfused"]
+    assert bench_moe.parse_args(["--engine", "fused,unfused,fused"]).engine == ["fused", "unfused"]
+
+
+def test_a_wrong_engine_is_named(monkeypatch):
+    layer = SimpleNamespace(cfg=TINY, engine=SimpleNamespace(act_group=32))
+    fused = replace(ABOUT, engine="fused")
+
+    def check_output(cfg, has_bias, act_group, draw, y):
+        assert (cfg, has_bias, act_group, draw) == (TINY, False, 32, "draw")
+        assert y < 5, "too large"
+        return SimpleNamespace(median=y, max=2 * y)
+
+    monkeypatch.setattr(bench_moe, "check_output", check_output)
+    args, layers = SimpleNamespace(model="v4-pro"), {ABOUT: layer, fused: layer}
+    assert bench_moe.check_layers(args, layers, "draw", {ABOUT: 1, fused: 4}) == {ABOUT: (1, 2), fused: (4, 8)}
+    with pytest.raises(AssertionError, match="^fused: too large"):
+        bench_moe.check_layers(args, layers, "draw", {ABOUT: 1, fused: 7})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU, where ranks are processes on the CPU")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megamoe import EngineUnavailableError, MegaMoE, MoEConfig
-from megamoe.engines import ENGINES, choose_engine
+from megamoe.engines import ENGINES, base, choose_engine
+from megamoe.engines.base import why_not_fused
 from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES
 from megamoe.kernels.moe_gemms import MoEShape, all_moe_gemms, choose_moe_gemms, token_bucket
 
@@ -55,11 +56,42 @@ def test_ranks_whose_memory_is_not_mapped(gpu):
         choose_engine("auto", "cuda:0", "bf16", is_mapped=False)
 
 
+def test_fused_runs_where_it_is_asked_for(gpu, monkeypatch):
+    gpu(9, 0)
+    assert choose_engine("fused", "cuda:0", "fp8xfp4") == ("fused", "requested")
+    message = ("MegaMoE: engine 'fused' cannot run here: it loads and stores the memory of peers, which backend 'unmapped' does not map; "
+               "pass engine='auto'")
+    with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
+        choose_engine("fused", "cuda:0", "fp8xfp4", is_mapped=False)
+    message = "MegaMoE: engine 'fused' cannot run here: it computes fp8xfp4, not bf16; pass engine='auto'"
+    with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
+        choose_engine("fused", "cuda:0", "bf16", is_mapped=False)
+    assert why_not_fused(torch.device("cuda:0"), "fp8xfp4", True) is None
+    assert why_not_fused(torch.device("cpu"), "fp8xfp4", False) == "needs a Hopper GPU, not device cpu"
+
+
+def test_auto_takes_the_first_of_its_order_that_can_run(gpu, monkeypatch):
+    gpu(9, 0)
+    monkeypatch.setattr(base, "AUTO_ORDER", ("fused", "unfused", "reference"))
+    assert choose_engine("auto", "cuda:0", "fp8xfp4") == ("fused", "the fastest one here")
+    needs = "loads and stores the memory of peers, which backend 'unmapped' does not map"
+    assert choose_engine("auto", "cuda:0", "fp8xfp4", is_mapped=False) == ("unfused", f"fused {needs}")
+    assert choose_engine("auto", "cuda:0", "bf16") == ("reference", "unfused computes fp8xfp4, not bf16")
+
+
+def test_engines_that_do_not_exist():
+    message = "MegaMoE: engine must be one of ('auto', 'reference', 'unfused', 'fused'), got 'mega'; pass engine='auto'"
+    with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
+        choose_engine("mega", "cpu", "bf16")
+
+
 def test_a_layer_that_cannot_have_its_engine():
     message = "MegaMoE: engine 'unfused' cannot run here: it needs a Hopper GPU, not device cpu; pass engine='auto'"
     with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
         MegaMoE(CFG, engine="unfused")
-    assert "unfused" in ENGINES
+    with pytest.raises(EngineUnavailableError, match="^MegaMoE: engine 'fused' cannot run here: it needs a Hopper GPU, not device cpu"):
+        MegaMoE(CFG, engine="fused")
+    assert set(ENGINES) == {"reference", "unfused", "fused"} > set(base.AUTO_ORDER)
 
 
 def test_an_arena_has_one_driver():

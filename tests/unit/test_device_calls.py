@@ -10,7 +10,7 @@ from megamoe.comm.calls import Calls
 from megamoe.comm.device_calls import CallStateParams, DeviceCalls
 from megamoe.errors import PeerTimeoutError
 
-DISPATCH, COMBINE = 0, 1
+DISPATCH, COMBINE, EXPERTS = 0, 1, 2
 TIMEOUT, ABORTED = 1, 2
 
 
@@ -78,6 +78,31 @@ def test_abort_says_what_the_host_says(calls, reason, culprit):
     expected = host_error(SilentWords(rank1=word), "combine", "combine_ready")
     error = calls.failure().error(0, calls.timeout_s)
     assert (str(error), error.peer, error.phase) == (str(expected), expected.peer, expected.phase)
+
+
+def test_timeout_inside_the_own_kernel(calls):
+    report(calls, 5, EXPERTS, TIMEOUT, 0, 17)
+    failure = calls.failure()
+    error = failure.error(0, calls.timeout_s)
+    assert str(error) == ("rank 0: mega_moe made no progress within 0.1 s in experts (a counter stood at 17); call reset() on every rank, "
+                          "and report it if it happens again")
+    assert (error.peer, error.phase, failure.is_refusal) == (0, "experts", False)
+
+
+@pytest.mark.parametrize("phase, name", [(EXPERTS, "experts"), (COMBINE, "combine")])
+def test_abort_of_a_peer_that_blames_itself(calls, phase, name):
+    report(calls, 5, phase, ABORTED, 2, Abort(5, AbortReason.PEER_TIMEOUT, 2).to_word())
+    error = calls.failure().error(0, calls.timeout_s)
+    assert str(error) == (f"rank 0: rank 2 aborted (its own kernel made no progress) while this rank was in {name}; see the error of rank 2, "
+                          "then call reset() on every rank")
+    assert (error.peer, error.phase) == (2, name)
+
+
+def test_start_over_zeroes_what_kernels_count_in(calls):
+    counters = torch.ones(6, dtype=torch.int32)
+    calls.clear_at_start_over(counters)
+    calls.start_over()
+    assert counters.tolist() == [0] * 6
 
 
 def test_a_refusal_is_told_once_and_the_next_one_too(calls):

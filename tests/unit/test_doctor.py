@@ -38,7 +38,7 @@ def test_without_a_gpu():
     assert found["backend 'torch'"].startswith("cannot run here: ") and found["backend 'nvshmem'"].startswith("cannot run here: ")
     assert found["backend 'auto'"] == "local for 1 rank, shm for 2 ranks, because the device is cpu"
     assert found["engine 'reference'"] == "available"
-    assert found["engine 'unfused'"] == "cannot run here: it needs a Hopper GPU, not device cpu"
+    assert found["engine 'unfused'"] == found["engine 'fused'"] == "cannot run here: it needs a Hopper GPU, not device cpu"
     assert found["engine 'auto'"] == "reference for fp8xfp4: unfused needs a Hopper GPU, not device cpu"
 
 
@@ -54,6 +54,7 @@ def test_engines_on_a_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert dict(doctor._engines(torch.device("cuda"))) == {
         "engine 'reference'": "available", "engine 'unfused'": "available, transport auto",
+        "engine 'fused'": "available inside an NVLink domain, on request",
         "engine 'auto'": "unfused for fp8xfp4: the fastest one here"}
 
 

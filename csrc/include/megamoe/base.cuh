@@ -6,6 +6,7 @@
 #define MEGAMOE_DEVICE __device__ __forceinline__
 #else
 #define MEGAMOE_HOST_DEVICE inline
+#define MEGAMOE_DEVICE inline
 #endif
 
 namespace megamoe {

@@ -16,9 +16,9 @@ from torch.nn.functional import pad
 
 from megamoe.comm import Arena, agree
 from megamoe.config import MoEConfig
-from megamoe.engines.transports.host_driven import folded_tokens, meet
+from megamoe.engines.transports.host_driven import folded_tokens, load_kernels, meet
 from megamoe.errors import EngineUnavailableError
-from megamoe.kernels.permute import unpermute_tokens
+from megamoe.kernels.permute import permute_tokens, unpermute_tokens
 
 # The groups DeepEP's NVLink kernels are compiled for, and their longest row: half of one, and a barrier, must fit 8 KiB of shared memory.
 _WORLDS = (2, 4, 8)
@@ -89,6 +89,7 @@ class DeepEPTransport:
         self._received: ReceivedTokens | None = None
         self._sums: torch.Tensor | None = None  # [n, H], of the passes so far
         self.num_passes = 0
+        self._load_kernels()
 
     @property
     def _buffer(self):
@@ -102,6 +103,13 @@ class DeepEPTransport:
         configs = api.get_dispatch_config(arena.num_ranks), api.get_combine_config(arena.num_ranks)
         num_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, arena.num_ranks) for config in configs)
         return api(dist.group.WORLD if arena.group is None else arena.group, num_bytes)
+
+    def _load_kernels(self) -> None:
+        """Run every kernel of a call that is not DeepEP's on one row, so that no rank compiles while its peers wait inside DeepEP."""
+        row, out = torch.zeros(1, dtype=torch.int64, device=self._arena.device), self._out[:1]
+        load_kernels(out.shape[1], out.device)
+        permute_tokens(self._arena.view("pool_x")[:1], row)
+        unpermute_tokens(out, row[:, None])
 
     def dispatch(self, x, x_sf, topk_idx, topk_weights, expert_load) -> None:
         tokens = folded_tokens(x, x_sf)

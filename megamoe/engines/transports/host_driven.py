@@ -33,6 +33,15 @@ def meet(arena: Arena, signal: str, phase: str) -> None:
 
 
 def folded_tokens(x: torch.Tensor, x_sf: torch.Tensor | None) -> QuantizedTokens:
-    """x [T, H] BF16, or codes [T, H] with x_sf [T, H/32] -> E4M3 codes with one exponent per token, the bytes that the arena pulls."""
+    """x [T, H] BF16, or codes [T, H] with x_sf [T, H/32] -> E4M3 codes with one exponent per token, the bytes that moe_stage writes.
+
+    Raises:
+        ValueError: rows of codes are not at multiples of 16 bytes. Call it before `meet`: then a refused argument costs one call only.
+    """
     tokens = quantize_tokens(x, group=X_GROUP) if x_sf is None else QuantizedTokens(x, x_sf, X_GROUP)
     return fold_tokens(tokens) if x.is_cuda else fold_tokens_twin(tokens)
+
+
+def load_kernels(hidden: int, device: torch.device) -> None:
+    """Run the kernels of `folded_tokens` on one token, so that a call compiles nothing while its peers wait. Sync: none."""
+    folded_tokens(torch.zeros(1, hidden, dtype=torch.bfloat16, device=device), None)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megamoe.comm import Arena
 from megamoe.config import MoEConfig
-from megamoe.engines.transports.host_driven import folded_tokens, meet
+from megamoe.engines.transports.host_driven import folded_tokens, load_kernels, meet
 from megamoe.engines.transports.nccl_plan import ExchangePlan, plan_exchange
 from megamoe.errors import EngineUnavailableError
 from megamoe.formats import QuantizedTokens
@@ -63,6 +63,7 @@ class NcclTransport:
         self._row_weight = torch.empty(num_pool_rows, dtype=torch.float32, device=device)
         self._out = torch.empty(num_pool_rows, cfg.hidden, dtype=torch.bfloat16, device=device)
         self.num_passes = 0
+        load_kernels(cfg.hidden, device)
 
     def dispatch(self, x, x_sf, topk_idx, topk_weights, expert_load) -> None:
         tokens, expert = folded_tokens(x, x_sf), topk_idx.flatten()

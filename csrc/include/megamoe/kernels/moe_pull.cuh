@@ -1,10 +1,9 @@
-// moe_pull: the rows of one pass from the ranks their tokens live on into the pool, folded to one exponent per token on the way.
+// moe_pull: the rows of one pass from the ranks their tokens live on, which folded them to one exponent, into the pool.
 //
 // One warp per row: all loads of a row are in flight together, since each takes a round trip over NVLink.
 #pragma once
 
 #include <megamoe/comm/symm.cuh>
-#include <megamoe/fold_codes.cuh>
 #include <megamoe/ptx/memory.cuh>
 
 namespace megamoe {
@@ -25,51 +24,37 @@ constexpr uint32 kPullWarps = 8;
 template <class Layout, class Config>
 MEGAMOE_DEVICE void moe_pull(const MoePullParams& p) {
   constexpr uint32 kEntriesPerRank = Config::kMaxTokens * Config::kNumTopk;
-  constexpr uint32 kGroups = Config::kHidden / 32, kVectors = Config::kHidden / 16;
-  constexpr uint32 kInFlight = min_of(ceil_div(kVectors, 32), 16), kSfPerLane = ceil_div(kGroups, 32);
-  __shared__ uint8 staged_sf[kPullWarps][kGroups];
+  constexpr uint32 kVectors = Config::kHidden / 16, kInFlight = min_of(ceil_div(kVectors, 32), 16);
   const uint32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_rows = p.bounds[1];
-  uint8* sf = staged_sf[warp];
 
   // Neighbouring rows go to different blocks, so that a few rows are spread over all SMs.
   for (uint32 row = blockIdx.x + gridDim.x * warp; row < num_rows; row += gridDim.x * kPullWarps) {
     const uint32 entry = p.row_entry[row], src = entry / kEntriesPerRank;
     const uint32 token = entry % kEntriesPerRank / Config::kNumTopk, slot = entry % Config::kNumTopk;
     const auto* from = reinterpret_cast<const uint4*>(p.symm.at<&Layout::x>(src, token, 0));
-    const uint8* from_sf = p.symm.at<&Layout::x_sf>(src, token, 0);
     auto* to = reinterpret_cast<uint4*>(p.codes + uint64(row) * Config::kHidden);
 
-    uint32 group_sf[kSfPerLane], largest = 0;
-    uint4 v[kInFlight];
-#pragma unroll
-    for (uint32 i = 0; i < kSfPerLane; ++i) group_sf[i] = 32 * i + lane < kGroups ? ptx::ld_early_byte(from_sf + 32 * i + lane) : 0;
-#pragma unroll
-    for (uint32 i = 0; i < kInFlight; ++i)
-      if (32 * i + lane < kVectors) v[i] = ptx::ld_stream_128(from + 32 * i + lane);
+    uint32 sf = 0;
+    float weight = 0.0f;
     if (lane == 0) {
-      p.row_weight[row] = *p.symm.at<&Layout::topk_weights>(src, token, slot);
-      p.row_dst[row] = reinterpret_cast<uint64>(p.symm.at<&Layout::partials>(src, token, slot, 0));
+      sf = ptx::ld_early_byte(p.symm.at<&Layout::x_sf>(src, token, 0));
+      weight = *p.symm.at<&Layout::topk_weights>(src, token, slot);
     }
-#pragma unroll
-    for (uint32 i = 0; i < kSfPerLane; ++i) {
-      if (32 * i + lane < kGroups) sf[32 * i + lane] = group_sf[i];
-      largest = group_sf[i] > largest ? group_sf[i] : largest;
-    }
-    largest = __reduce_max_sync(~0u, largest);
-    if (lane == 0) p.sf[row] = largest;
-    __syncwarp();
-
-    for (uint32 first = lane;;) {
-#pragma unroll
-      for (uint32 i = 0; i < kInFlight; ++i)
-        if (first + 32 * i < kVectors) to[first + 32 * i] = fold_codes(v[i], largest - sf[(first + 32 * i) / 2]);
-      first += 32 * kInFlight;
-      if (first - lane >= kVectors) break;
+#pragma unroll 1
+    for (uint32 first = lane; first - lane < kVectors; first += 32 * kInFlight) {
+      uint4 v[kInFlight];
 #pragma unroll
       for (uint32 i = 0; i < kInFlight; ++i)
         if (first + 32 * i < kVectors) v[i] = ptx::ld_stream_128(from + first + 32 * i);
+#pragma unroll
+      for (uint32 i = 0; i < kInFlight; ++i)
+        if (first + 32 * i < kVectors) to[first + 32 * i] = v[i];
     }
-    __syncwarp();  // all lanes have read the staged scales before the next row's take their place
+    if (lane == 0) {
+      p.sf[row] = sf;
+      p.row_weight[row] = weight;
+      p.row_dst[row] = reinterpret_cast<uint64>(p.symm.at<&Layout::partials>(src, token, slot, 0));
+    }
   }
 }
 

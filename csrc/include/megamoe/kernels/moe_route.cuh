@@ -110,8 +110,8 @@ template <class Layout, class Config>
 MEGAMOE_DEVICE uint32 wait_for_entries(const MoeRouteParams& p, int64 epoch, uint32 src) {
   __shared__ uint32 num_entries;
   if (threadIdx.x == 0) {
-    const bool is_ready = !p.calls.is_failed(epoch) &&
-                          wait_for_peer<Layout, &Layout::inputs_ready>(p.symm, p.calls, epoch, CallPhase::kDispatch, src);
+    const CallWatch<Layout> watch{p.symm, p.calls, epoch, CallPhase::kDispatch};
+    const bool is_ready = !p.calls.is_failed(epoch) && watch.template wait_for_peer<&Layout::inputs_ready>(src);
     num_entries = is_ready ? static_cast<uint32>(*p.symm.at<&Layout::num_tokens>(src, 0)) * Config::kNumTopk : 0;
   }
   __syncthreads();

@@ -1,4 +1,5 @@
-// Bulk and tensor copies into shared memory that complete on an mbarrier (PTX ISA, "cp.async.bulk").
+// Bulk and tensor copies into shared memory that complete on an mbarrier, bulk copies out of it that complete in groups of the thread, and
+// the fence between them and ordinary accesses (PTX ISA, "cp.async.bulk", "fence.proxy.async").
 #pragma once
 
 #include <megamoe/base.cuh>
@@ -33,6 +34,18 @@ MEGAMOE_DEVICE void bulk_load(uint32 destination, const void* source, uint32 num
       "l"(source), "r"(num_bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+
+// Out of shared memory. Part of the thread's next bulk group.
+MEGAMOE_DEVICE void bulk_store(void* destination, uint32 source, uint32 num_bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(num_bytes) : "memory");
+}
+MEGAMOE_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all of the thread's bulk groups are complete: what they stored can be published.
+MEGAMOE_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Orders ordinary accesses to global memory before it against bulk and tensor copies after it, and the reverse.
+MEGAMOE_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Box of the map at (column, row); what lies outside the tensor arrives as zeros and counts as bytes.
 MEGAMOE_DEVICE void tensor_load_2d(uint32 destination, const TensorMap* map, int32 column, int32 row, uint32 barrier) {

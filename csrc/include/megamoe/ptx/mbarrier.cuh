@@ -18,6 +18,19 @@ MEGAMOE_DEVICE void mbarrier_arrive_expect_bytes(uint32 barrier, uint32 num_byte
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
 }
 
+// Whether the phase with this parity is complete (acquire if it is).
+MEGAMOE_DEVICE bool mbarrier_test(uint32 barrier, uint32 parity) {
+  uint32 done;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits for the completion of the phase with this parity (acquire).
 MEGAMOE_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
   asm volatile(

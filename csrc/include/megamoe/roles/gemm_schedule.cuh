@@ -3,7 +3,7 @@
 // 2026-11-21).
 #pragma once
 
-#include <megamoe/kernels/fp4_gemm.cuh>
+#include <megamoe/kernels/fp4_gemm_facts.cuh>
 
 namespace megamoe {
 

@@ -5,7 +5,7 @@
 // where 8 threads write the 128 contiguous bytes of a token.
 #pragma once
 
-#include <megamoe/kernels/fp4_gemm.cuh>
+#include <megamoe/kernels/fp4_gemm_facts.cuh>
 
 namespace megamoe {
 
@@ -27,7 +27,7 @@ struct EpilogueTile {
     for (uint32 i = 0; i < 2; ++i) {
       row_bases[i] = ptx::ld_early_byte(bases + 8 * i);
       const uint32 token = thread() + 128 * i;
-      token_exponents[i] = token < num_tokens ? ptx::ld_early_byte(p.x_sf + first_row + token) : 127;
+      token_exponents[i] = token < num_tokens ? ptx::ld_early_shared_byte(p.x_sf + first_row + token) : 127;
     }
   }
 
@@ -84,7 +84,7 @@ struct OutputPieces {
 // Rows that lie where row_dst says: the addresses are fetched together, before the pieces are there.
 template <class Config, uint32 kTokens>
 struct OutputPieces<Config, kTokens, true> {
-  Bf16* pointers[ceil_div(kTokens, 16)];  // null: no such token, or its channels are padding
+  Bf16* pointers[ceil_div(kTokens, 16)];  // null: no such token, no place for it, or its channels are padding
 
   MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile) {
     const uint32 channel = tile.row_block * 64 + tile.thread() % 8 * 8;
@@ -92,8 +92,10 @@ struct OutputPieces<Config, kTokens, true> {
     for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
       const uint32 token = i * 16 + tile.thread() / 8;
       pointers[i] = nullptr;
-      if (token < tile.num_tokens && channel < p.n)
-        pointers[i] = reinterpret_cast<Bf16*>(__ldg(p.row_dst + tile.first_row + token)) + channel;
+      if (token < tile.num_tokens && channel < p.n) {
+        const int64 row = ptx::ld_relaxed_gpu(p.row_dst + tile.first_row + token);
+        pointers[i] = row == 0 ? nullptr : reinterpret_cast<Bf16*>(row) + channel;
+      }
     }
   }
 

@@ -4,21 +4,15 @@
 // 32 channels, one group: the maximum runs over 8 lanes and 4 warps, and never leaves the warpgroup.
 #pragma once
 
+#include <megamoe/e4m3.cuh>
 #include <megamoe/roles/store_epilogue.cuh>
 
 namespace megamoe {
 
-constexpr float kE4m3Max = 448.0f, kMinAmax = 1e-4f;
-
 // Magnitude for the maximum, in which NaN and Inf do not take part.
 MEGAMOE_DEVICE float finite_magnitude(float v) {
   const float m = fabsf(v);
-  return m <= 3.4028235e38f ? m : 0.0f;
-}
-
-// Biased exponent of the smallest power of two s with amax <= 448 s. Integer arithmetic, as formats/ue8m0.py has it.
-MEGAMOE_DEVICE uint32 ceil_exponent(float amax) {
-  return 127 + ((__float_as_int(fmaxf(amax, kMinAmax)) - __float_as_int(kE4m3Max) + 0x7fffff) >> 23);
+  return m <= kFloatMax ? m : 0.0f;
 }
 
 // Clamps propagate NaN: a comparison with NaN is false.
@@ -35,7 +29,7 @@ MEGAMOE_DEVICE float gated(float gate, float up, const Fp4GemmParams& p) {
 // value * 2^(127 - e), Inf turned into NaN, since E4M3 has no Inf and saturation would hide it.
 MEGAMOE_DEVICE float scaled_for_e4m3(float v, float inverse) {
   const float s = v * inverse;
-  return fabsf(s) <= 3.4028235e38f ? s : __int_as_float(0x7fffffff);
+  return is_finite(s) ? s : __int_as_float(0x7fffffff);
 }
 
 template <class Config, uint32 kTokens>

@@ -6,7 +6,7 @@
 // wherever the slots of a config lie.
 #pragma once
 
-#include <megamoe/kernels/fp4_gemm.cuh>
+#include <megamoe/kernels/fp4_gemm_facts.cuh>
 
 namespace megamoe {
 

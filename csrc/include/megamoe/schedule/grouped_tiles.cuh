@@ -17,100 +17,18 @@
 // for what they do first. That cannot deadlock while all blocks of the grid fit on the card, nor when blocks start in index order.
 #pragma once
 
-#include <megamoe/base.cuh>
+#include <megamoe/schedule/group_table.cuh>
+#include <megamoe/schedule/tile.cuh>
 
 namespace megamoe {
-
-// How the rows of x are divided. One of the pointers is set, or none for one group of all rows.
-struct Grouping {
-  const int32* offsets;    // [G + 1]: group g owns rows offsets[g] .. offsets[g + 1]
-  const int32* bounds;     // [G, 2]: first and one past the last row of group g
-  const int32* counts;     // [G]: group g owns the first counts[g] rows from g * group_stride on
-  uint32 num_groups;
-  uint32 num_rows;         // all rows of x; no group reaches past it
-  uint32 group_stride;     // rows between groups, with counts
-};
-
-struct alignas(16) GroupEntry {
-  uint32 begin, count;     // rows
-  uint32 first_tile;       // number of tiles in the groups before
-  uint32 token_tile_idx;   // which of the config's token tile sizes
-};
-
-struct alignas(16) Tile {
-  uint32 group;
-  uint32 row_tile;          // weight rows, in units of the config's tile rows
-  uint32 first_row;         // of x
-  uint32 num_tokens;        // rows of x that are this tile's; 0 after the last tile
-  uint32 token_tile_idx;
-  uint32 first_k, num_k;    // blocks of K this block computes
-  uint32 num_contributors;  // blocks just before this one whose sums belong to the tile; only for the owner
-  uint32 is_owner;          // writes the result; otherwise the sums go to the workspace
-  uint32 is_only_reader;    // of its weight tile, which need not stay in L2
-};
-
-template <class Config>
-struct GroupTable {
-  // When the last round is cut: it would fill less than this part of the blocks, and a part is not shorter than kMinPart blocks of K. An
-  // exchange of sums costs about as much as it saves at 80 % (H200, 2026-11-21).
-  static constexpr uint32 kSplitBelowPercent = 50, kMinPart = 4;
-
-  GroupEntry entries[Config::kMaxGroups];
-  uint32 num_tiles;
-
-  // Fills the table; called by all threads of the block, followed by a block barrier. `num_row_tiles` per group.
-  MEGAMOE_DEVICE void build(const Grouping& grouping, uint32 num_row_tiles, uint32 thread, uint32 num_threads) {
-    for (uint32 g = thread; g < grouping.num_groups; g += num_threads) describe(grouping, g);
-    __syncthreads();
-    if (thread < 32) scan(grouping.num_groups, num_row_tiles, thread);
-  }
-
-  MEGAMOE_DEVICE uint32 num_token_tiles(uint32 g) const {
-    return ceil_div(entries[g].count, Config::TokenTiles::at(entries[g].token_tile_idx));
-  }
-
- private:
-  MEGAMOE_DEVICE void describe(const Grouping& grouping, uint32 g) {
-    uint32 begin = 0, end = grouping.num_rows;
-    if (grouping.offsets != nullptr) {
-      begin = grouping.offsets[g];
-      end = grouping.offsets[g + 1];
-    } else if (grouping.bounds != nullptr) {
-      begin = grouping.bounds[2 * g];
-      end = grouping.bounds[2 * g + 1];
-    } else if (grouping.counts != nullptr) {
-      begin = g * grouping.group_stride;
-      end = begin + min_of(grouping.counts[g], grouping.group_stride);
-    }
-    // Values that the host could not check must not lead out of x.
-    end = min_of(end, grouping.num_rows);
-    const uint32 count = begin < end ? end - begin : 0;
-    const uint32 num_tiles = ceil_div(count, Config::TokenTiles::largest());
-    entries[g] = {begin, count, 0, num_tiles == 0 ? 0 : Config::TokenTiles::index_of(ceil_div(count, num_tiles))};
-  }
-
-  // Prefix sum over the groups' tiles, by one warp.
-  MEGAMOE_DEVICE void scan(uint32 num_groups, uint32 num_row_tiles, uint32 lane) {
-    uint32 total = 0;
-    for (uint32 first = 0; first < num_groups; first += 32) {
-      const uint32 g = first + lane;
-      const uint32 mine = g < num_groups ? num_row_tiles * num_token_tiles(g) : 0;
-      uint32 sum = mine;
-#pragma unroll
-      for (uint32 step = 1; step < 32; step *= 2) {
-        const uint32 below = __shfl_up_sync(~0u, sum, step);
-        sum += lane >= step ? below : 0;
-      }
-      if (g < num_groups) entries[g].first_tile = total + sum - mine;
-      total += __shfl_sync(~0u, sum, 31);
-    }
-    if (lane == 0) num_tiles = total;
-  }
-};
 
 // A walk over the tiles of this block.
 template <class Config>
 struct TileStream {
+  // When the last round is cut: it would fill less than this part of the blocks, and a part is not shorter than kMinPart blocks of K. An
+  // exchange of sums costs about as much as it saves at 80 % (H200, 2026-11-21).
+  static constexpr uint32 kSplitBelowPercent = 50, kMinPart = 4;
+
   const GroupTable<Config>& table;
   uint32 num_groups, num_k_blocks;
   uint32 group = 0;       // of the tile taken last
@@ -122,8 +40,8 @@ struct TileStream {
   MEGAMOE_DEVICE TileStream(const GroupTable<Config>& table, uint32 num_groups, uint32 num_k_blocks, bool can_split)
       : table(table), num_groups(num_groups), num_k_blocks(num_k_blocks), next_tile(blockIdx.x), end_of_rounds(table.num_tiles) {
     const uint32 left = table.num_tiles % gridDim.x;
-    if (can_split && left * 100 < gridDim.x * GroupTable<Config>::kSplitBelowPercent) end_of_rounds -= left;
-    num_parts = min_of(gridDim.x, num_split_blocks() / GroupTable<Config>::kMinPart);
+    if (can_split && left * 100 < gridDim.x * kSplitBelowPercent) end_of_rounds -= left;
+    num_parts = min_of(gridDim.x, num_split_blocks() / kMinPart);
     if (num_parts < left) num_parts = left;  // K is short: whole tiles
     part = part_begin(min_of(blockIdx.x, num_parts));
     part_end = part_begin(min_of(blockIdx.x + 1, num_parts));
@@ -177,6 +95,8 @@ struct TileStream {
     tile.num_tokens = min_of(tokens, entry.count - first);
     tile.token_tile_idx = entry.token_tile_idx;
     tile.is_only_reader = num_token_tiles == 1;
+    tile.linear = 0;
+    tile.number = idx;
   }
 };
 

@@ -1,4 +1,4 @@
-// Signals between ranks on the device: posting an epoch to every peer, and waiting for one with a deadline and an eye on abort words.
+// Signals between ranks: posting an epoch to a peer, and waiting with a deadline and an eye on abort words.
 //
 //   rank r: writes of all blocks -> arrive_last, or the end of their kernel -> post_to_peers: st.release.sys
 //   rank p: wait_for_peer(r): ld.acquire.sys -> __syncthreads -> reads
@@ -6,7 +6,6 @@
 
 #include <megamoe/comm/call_state.cuh>
 #include <megamoe/comm/symm.cuh>
-#include <megamoe/ptx/timer.cuh>
 
 namespace megamoe {
 
@@ -21,54 +20,78 @@ struct AbortWord {
   static MEGAMOE_DEVICE AbortWord peer_timeout(int64 epoch, uint32 culprit) { return {epoch << 16 | kPeerTimeout << 8 | culprit}; }
 };
 
-// Publishes `value`, and with it all that the posting threads have written or seen: behind a __syncthreads, what the block has. Thread r
-// posts to rank r.
+// Publishes `value`, and with it all that this thread has written or seen: behind a block barrier, what the block has.
+template <auto Signal>
+MEGAMOE_DEVICE void post_to_peer(const Symm& symm, uint32 peer, int64 value) {
+  machine::st_release_sys(symm.at<Signal>(peer, symm.rank, 0), value);
+}
+
+#ifdef __CUDACC__
+// Thread r posts to rank r.
 template <auto Signal>
 MEGAMOE_DEVICE void post_to_peers(const Symm& symm, int64 value) {
-  if (threadIdx.x < symm.num_ranks) ptx::st_release_sys(symm.at<Signal>(threadIdx.x, symm.rank, 0), value);
+  if (threadIdx.x < symm.num_ranks) post_to_peer<Signal>(symm, threadIdx.x, value);
 }
+#endif
 
-// Whether `sender` has told this rank to leave the call, which is then marked and reported.
+// A rank's part in one call: what every wait of it needs.
 template <class Layout>
-MEGAMOE_DEVICE bool has_aborted(const Symm& symm, const CallStateParams& calls, int64 epoch, CallPhase phase, uint32 sender) {
-  const AbortWord abort{ptx::ld_acquire_sys(symm.at<&Layout::abort>(symm.rank, sender, 0))};
-  if (!abort.ends(epoch)) return false;
-  calls.fail(abort.is_refusal() ? epoch : calls.kUntilReset, epoch, phase, WaitFailure::kAborted, sender, abort.word);
-  return true;
-}
+struct CallWatch {
+  const Symm& symm;
+  const CallStateParams& calls;
+  int64 epoch;
+  CallPhase phase;
 
-// The last look at the abort words and the clock of a wait for `peer`: true if the wait must end, which is then reported.
-template <class Layout>
-MEGAMOE_DEVICE bool must_give_up(const Symm& symm, const CallStateParams& calls, int64 epoch, CallPhase phase, uint32 peer, int64 got,
-                                 bool is_late) {
-  if (calls.is_failed(epoch)) return true;
-  for (uint32 sender = 0; sender < symm.num_ranks; ++sender)
-    if (has_aborted<Layout>(symm, calls, epoch, phase, sender)) return true;
-  if (!is_late) return false;
-  if (calls.fail(calls.kUntilReset, epoch, phase, WaitFailure::kTimeout, peer, got)) {
-    for (uint32 r = 0; r < symm.num_ranks; ++r)
-      if (r != symm.rank) ptx::st_release_sys(symm.at<&Layout::abort>(r, symm.rank, 0), AbortWord::peer_timeout(epoch, peer).word);
+  // Whether `sender` has told this rank to leave the call, which is then marked and reported.
+  MEGAMOE_DEVICE bool has_aborted(uint32 sender) const {
+    const AbortWord abort{machine::ld_acquire_sys(symm.at<&Layout::abort>(symm.rank, sender, 0))};
+    if (!abort.ends(epoch)) return false;
+    calls.fail(abort.is_refusal() ? epoch : calls.kUntilReset, epoch, phase, WaitFailure::kAborted, sender, abort.word);
+    return true;
   }
-  return true;
-}
 
-// Waits until `peer` has posted at least `epoch` here; false if the call fails instead. One thread; acquires for itself.
-template <class Layout, auto Signal>
-MEGAMOE_DEVICE bool wait_for_peer(const Symm& symm, const CallStateParams& calls, int64 epoch, CallPhase phase, uint32 peer) {
-  constexpr uint32 kPollsPerLook = 16, kPauseNs = 32;
-  const int64* word = symm.at<Signal>(symm.rank, peer, 0);
-  int64 got = ptx::ld_acquire_sys(word);
-  if (got >= epoch) return true;
-  for (const uint64 begin = ptx::global_timer_ns();;) {
-    const bool is_late = ptx::global_timer_ns() - begin > calls.timeout_ns;
+  // Waits until `poll(got)` is true; false if the call fails instead. `peer` is the rank to blame at the deadline, `got` what it last gave.
+  template <class Poll>
+  MEGAMOE_DEVICE bool wait(uint32 peer, Poll poll) const {
+    constexpr uint32 kPollsPerLook = 16, kPauseNs = 32;
+    int64 got = 0;
+    if (poll(got)) return true;
+    for (const uint64 begin = machine::global_timer_ns();;) {
+      if (calls.is_failed(epoch)) return false;
+      const bool is_late = machine::global_timer_ns() - begin > calls.timeout_ns;
+#ifdef __CUDACC__
 #pragma unroll 1
-    for (uint32 poll = 0; poll < kPollsPerLook; ++poll) {
-      got = ptx::ld_acquire_sys(word);
-      if (got >= epoch) return true;
-      ptx::nanosleep(kPauseNs);
+#endif
+      for (uint32 i = 0; i < kPollsPerLook; ++i) {
+        if (poll(got)) return true;
+        machine::nanosleep(kPauseNs);
+      }
+      if (must_give_up(peer, got, is_late)) return false;
     }
-    if (must_give_up<Layout>(symm, calls, epoch, phase, peer, got, is_late)) return false;
   }
-}
+
+  // Waits until `peer` has posted at least this call's epoch here. One thread; acquires for itself.
+  template <auto Signal>
+  MEGAMOE_DEVICE bool wait_for_peer(uint32 peer) const {
+    const int64* word = symm.at<Signal>(symm.rank, peer, 0);
+    return wait(peer, [&](int64& got) {
+      got = machine::ld_acquire_sys(word);
+      return got >= epoch;
+    });
+  }
+
+ private:
+  // The last look at the abort words and the clock: true if the wait must end, which is then reported.
+  MEGAMOE_DEVICE bool must_give_up(uint32 peer, int64 got, bool is_late) const {
+    for (uint32 sender = 0; sender < symm.num_ranks; ++sender)
+      if (has_aborted(sender)) return true;
+    if (!is_late) return false;
+    // Before the mark: once it is up the rank's other threads run to the end and say combine_ready, which must not arrive before these.
+    for (uint32 r = 0; r < symm.num_ranks; ++r)
+      if (r != symm.rank) post_to_peer<&Layout::abort>(symm, r, AbortWord::peer_timeout(epoch, peer).word);
+    calls.fail(calls.kUntilReset, epoch, phase, WaitFailure::kTimeout, peer, got);
+    return true;
+  }
+};
 
 }  // namespace megamoe

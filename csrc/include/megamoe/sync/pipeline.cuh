@@ -1,7 +1,7 @@
-// Pipeline: a ring of stages between one producer and several consumers of a block.
+// Pipeline: a ring of stages between one or more producers, each of a part of every stage, and several consumers of a block.
 //
-//     producer  --(full: bytes landed)-->  consumer warps
-//     producer  <--(empty: every consumer warp has finished reading)--  consumer warps
+//     producers  --(full: all bytes landed)-->  consumer warps
+//     producers  <--(empty: every consumer warp has finished reading)--  consumer warps
 //
 // Each role keeps its own Pipeline by value: position and phase are registers of the role, only the barriers are shared.
 #pragma once
@@ -18,9 +18,9 @@ struct Pipeline {
   uint32 stage = 0, phase = 0;
 
   // By one thread, before any role starts.
-  static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumers) {
+  static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumers, uint32 num_producers = 1) {
     for (uint32 i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(barriers + i * 16, 1);
+      ptx::mbarrier_init(barriers + i * 16, num_producers);
       ptx::mbarrier_init(barriers + i * 16 + 8, num_consumers);
     }
   }
@@ -32,6 +32,9 @@ struct Pipeline {
 
   // Consumer: wait until the bytes of the current stage are there.
   MEGAMOE_DEVICE void wait_full() const { ptx::mbarrier_wait(full(), phase); }
+
+  // Whether wait_full would return at once.
+  MEGAMOE_DEVICE bool is_full() const { return ptx::mbarrier_test(full(), phase); }
 
   // Producer of ordinary stores: wait until the current stage is free; after the stores, publish them.
   MEGAMOE_DEVICE void acquire() const { ptx::mbarrier_wait(empty(), phase ^ 1); }

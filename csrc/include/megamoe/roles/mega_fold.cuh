@@ -1,0 +1,70 @@
+// Fold: one warp brings the block's share of the activated rows to one exponent per row, in place, so that linear 2 needs no scales in its
+// main loop (HOPPER: exponents per 128 channels cost a quarter of its speed at 128 tokens).
+//
+// Rows are dealt to the blocks one by one in row order: the rows of a tile are folded by as many SMs at once.
+#pragma once
+
+#include <megamoe/fold_codes.cuh>
+#include <megamoe/kernels/mega_moe.cuh>
+
+namespace megamoe {
+
+// Folds one row of I codes with I / 32 exponents; returns its exponent, for all lanes. By a warp.
+template <class Config>
+MEGAMOE_DEVICE uint32 fold_row(uint8* codes, const uint8* sf, uint32 lane) {
+  constexpr uint32 kGroups = Config::kIntermediate / 32, kVectors = Config::kIntermediate / 16;
+  constexpr uint32 kInFlight = min_of(ceil_div(kVectors, 32), 4);
+  auto* vectors = reinterpret_cast<uint4*>(codes);
+  uint4 v[kInFlight];
+#pragma unroll
+  for (uint32 i = 0; i < kInFlight; ++i)
+    if (32 * i + lane < kVectors) v[i] = __ldcg(vectors + 32 * i + lane);
+  uint32 largest = 0;
+#pragma unroll 4
+  for (uint32 group = lane; group < kGroups; group += 32) {
+    const uint32 e = sf[group];
+    largest = e > largest ? e : largest;
+  }
+  largest = __reduce_max_sync(~0u, largest);
+#pragma unroll 1
+  for (uint32 first = lane; first < kVectors; first += 32 * kInFlight) {
+#pragma unroll
+    for (uint32 i = 0; i < kInFlight; ++i) {
+      const uint32 vector = first + 32 * i;
+      if (vector < kVectors) vectors[vector] = fold_codes(v[i], largest - sf[vector / 2]);
+    }
+#pragma unroll
+    for (uint32 i = 0; i < kInFlight; ++i) {
+      const uint32 vector = first + 32 * (kInFlight + i);
+      if (vector < kVectors) v[i] = __ldcg(vectors + vector);
+    }
+  }
+  return largest;
+}
+
+template <class Layout, class Config>
+MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block) {
+  const MegaMoeParams& p = block.p;
+  const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
+  const uint32 lane = threadIdx.x % 32;
+  RowWalk<Config> walk{block.table};
+  auto timeline = block.timeline(kFoldLane, lane == 0);
+#pragma unroll 1
+  for (uint32 row = block.idx; row < block.num_rows; row += p.num_blocks) {
+    const RowPlace place = walk.find(row);
+    const uint64 pool_row = p.stream.ring.first_row(place.tile) + place.idx;
+    timeline.begin();
+    if (lane == 0) p.flow.wait_activated(place.tile, watch);
+    __syncwarp();
+    timeline.mark(SpanKind::kFoldWait, place.tile, place.idx);
+    const uint8* sf = p.linear[0].a_sf + pool_row * (Config::kIntermediate / 32);
+    const uint32 e = fold_row<Config>(p.linear[0].a_codes + pool_row * Config::kIntermediate, sf, lane);
+    if (lane == 0) p.act_row_sf[pool_row] = e;
+    ptx::fence_proxy_async_global();  // the tensor copies of linear 2 read what the whole warp has written, or found as it is
+    __syncwarp();
+    if (lane == 0) p.flow.publish_folded(place);
+    timeline.mark(SpanKind::kFold, place.tile, place.idx);
+  }
+}
+
+}  // namespace megamoe

@@ -1,0 +1,136 @@
+// The order of work in mega_moe: which token tile lives where in the pool, and the stream of tasks that the blocks of a rank claim.
+//
+// Token tiles are numbered in row order (GroupTable with one row tile per group). Tile t lives in slot t % S of the pool, a ring; its
+// generation is t / S. A band is a run of at most B tiles of one expert: its tasks follow each other, token tiles fastest, so that blocks
+// that work at the same time share a weight tile through L2. Linear 2 of a band comes once linear 1 is at least `lag` tiles ahead of its
+// end, so that it seldom has to wait for the rows of linear 1:
+//
+//     L1(band 0)  L1(1)  L1(2)  L2(0)  L1(3)  L2(1)  ...  L1(last)  L2(last - 2)  L2(last - 1)  L2(last)
+//
+// No task waits for a later one: linear 2 of a tile comes after its linear 1, and with S >= lag + 2 B - 1 linear 1 of tile t comes after
+// linear 2 of tile t - S, whose slot it takes. Blocks claim tasks in this order and each finishes its own in this order, so the oldest
+// unfinished task can always run.
+#pragma once
+
+#include <megamoe/schedule/group_table.cuh>
+#include <megamoe/schedule/tile.cuh>
+
+namespace megamoe {
+
+// The pool as a ring of slots of one tile each.
+struct TileRing {
+  uint32 num_slots, slot_rows;
+
+  MEGAMOE_HOST_DEVICE uint32 slot(uint32 tile) const { return tile % num_slots; }
+  MEGAMOE_HOST_DEVICE uint32 generation(uint32 tile) const { return tile / num_slots; }
+  MEGAMOE_HOST_DEVICE uint32 first_row(uint32 tile) const { return slot(tile) * slot_rows; }
+};
+
+// What the order depends on beside the counts of rows.
+struct MoeStreamShape {
+  uint32 num_groups;
+  uint32 row_tiles[2];  // of linear 1 and 2
+  uint32 k_blocks[2];
+  uint32 band_tiles, lag_tiles;
+  TileRing ring;
+};
+
+// Where a received row is.
+struct RowPlace {
+  uint32 tile, idx;     // row idx of the tile
+  uint32 num_rows;      // of the tile
+};
+
+// Finds received rows. One walk looks for rows in ascending order.
+template <class Config>
+struct RowWalk {
+  const GroupTable<Config>& table;
+  uint32 group = 0;
+
+  MEGAMOE_HOST_DEVICE RowPlace find(uint32 row) {
+    while (row >= table.entries[group].begin + table.entries[group].count) ++group;
+    const GroupEntry entry = table.entries[group];
+    const uint32 tokens = table.tokens_per_tile(group), in_group = row - entry.begin, tile = in_group / tokens;
+    return {entry.first_tile + tile, in_group - tile * tokens, min_of(tokens, entry.count - tile * tokens)};
+  }
+};
+
+// A walk over the bands. Starts before the first one.
+template <class Config>
+struct BandWalk {
+  const GroupTable<Config>& table;
+  const MoeStreamShape& shape;
+  uint32 group = 0;             // of the band
+  uint32 first = 0, count = 0;  // its tiles; none before the first band and after the last
+
+  MEGAMOE_HOST_DEVICE uint32 end() const { return first + count; }
+  MEGAMOE_HOST_DEVICE bool next() {
+    first = end();
+    while (group < shape.num_groups && first == end_of_group()) ++group;
+    count = group < shape.num_groups ? min_of(shape.band_tiles, end_of_group() - first) : 0;
+    return count > 0;
+  }
+
+ private:
+  MEGAMOE_HOST_DEVICE uint32 end_of_group() const { return table.entries[group].first_tile + table.num_token_tiles(group); }
+};
+
+template <class Config>
+struct MoeTaskStream {
+  const GroupTable<Config>& table;
+  const MoeStreamShape& shape;
+  BandWalk<Config> lead;                             // the last band whose linear 1 has come
+  BandWalk<Config> trail;                            // the first one whose linear 2 has not
+  uint32 linear = 0, group = 0, first = 0, count = 0;  // the band at the current position
+  uint32 begin = 0;                                  // its first task
+  bool has_lead = true;
+
+  MEGAMOE_HOST_DEVICE MoeTaskStream(const GroupTable<Config>& table, const MoeStreamShape& shape)
+      : table(table), shape(shape), lead{table, shape}, trail{table, shape} {
+    trail.next();
+  }
+
+  // Task number `ticket`; false after the last. Tickets must ascend.
+  MEGAMOE_HOST_DEVICE bool find(uint32 ticket, Tile& task) {
+    while (ticket >= begin + num_tasks())
+      if (!next_band()) return false;
+    const uint32 in_band = ticket - begin, number = first + in_band % count;
+    const GroupEntry entry = table.entries[group];
+    const uint32 tokens = table.tokens_per_tile(group);
+    task.group = group;
+    task.row_tile = in_band / count;
+    task.first_row = shape.ring.first_row(number);
+    task.num_tokens = min_of(tokens, entry.count - (number - entry.first_tile) * tokens);
+    task.token_tile_idx = entry.token_tile_idx;
+    task.first_k = 0;
+    task.num_k = shape.k_blocks[linear];
+    task.num_contributors = 0;
+    task.is_owner = true;
+    task.is_only_reader = count == 1;
+    task.linear = linear;
+    task.number = number;
+    return true;
+  }
+
+ private:
+  MEGAMOE_HOST_DEVICE uint32 num_tasks() const { return count * shape.row_tiles[linear]; }
+
+  MEGAMOE_HOST_DEVICE bool next_band() {
+    begin += num_tasks();
+    const bool is_due = trail.end() + shape.lag_tiles <= lead.end();
+    if (has_lead && !is_due) {
+      has_lead = lead.next();
+      if (has_lead) return enter(lead, 0);
+    }
+    const bool has_trail = enter(trail, 1);
+    trail.next();
+    return has_trail;
+  }
+
+  MEGAMOE_HOST_DEVICE bool enter(const BandWalk<Config>& band, uint32 of_linear) {
+    linear = of_linear, group = band.group, first = band.first, count = band.count;
+    return count > 0;
+  }
+};
+
+}  // namespace megamoe

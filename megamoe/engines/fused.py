@@ -1,0 +1,86 @@
+"""The fused engine: stage, route, then one persistent kernel from pulling the rows to summing the slots. Hopper, one NVLink domain.
+
+Legend: T tokens of this rank, K top-k slots, e local experts, H hidden.
+"""
+
+import torch
+
+from megamoe.comm import Arena
+from megamoe.config import MoEConfig
+from megamoe.engines.packed_experts import ACT_GROUP, PackedExperts, gate_constants
+from megamoe.formats import ExpertWeights
+from megamoe.kernels import devices
+from megamoe.kernels.fp4_gemm import num_sms
+from megamoe.kernels.mega_moe import MegaExperts, MegaMoe
+from megamoe.kernels.mega_moe_config import MegaMoeConfig
+from megamoe.kernels.moe_dispatch import ArenaDispatch
+from megamoe.kernels.tuning.mega import all_mega
+from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
+
+
+class FusedKernels:
+    """The kernels of a call on one arena, and their memory. Calls follow each other, so all layers of the arena share them."""
+
+    def __init__(self, arena: Arena):
+        calls, device = arena.drive_by_device(), arena.device
+        where = arena.layout, arena.rank, arena.peer_ptrs, arena.own_bytes, device, calls
+        self.dispatch = ArenaDispatch(*where, is_one_pass=True)
+        self.mega = MegaMoe(*where, num_blocks=num_sms(device.index))
+
+
+class FusedEngine:
+    """moe_stage, moe_route, moe_assign, mega_moe, all on the current stream.
+
+    Collective: every rank of the arena's group calls `forward` the same number of times. Construction compiles the routing kernels,
+    `load` mega_moe for every number of tokens, so a call neither compiles nor waits for the device.
+    """
+
+    name = "fused"
+    act_group = ACT_GROUP
+    is_synchronous = False
+    traffic = None
+
+    def __init__(self, cfg: MoEConfig, arena: Arena):
+        self.cfg, self.arena = cfg, arena
+        with devices.current(arena.device.index):
+            self._kernels: FusedKernels = arena.shared("fused kernels", lambda: FusedKernels(arena))
+        self.timeline: torch.Tensor | None = None  # from testing.timeline.allocate: calls record into it, by slower kernels
+        self._packed: PackedExperts | None = None
+        self._experts: MegaExperts | None = None
+        self._configs: dict[int, MegaMoeConfig] = {}  # by token_bucket
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._packed is not None
+
+    def load(self, weights: ExpertWeights) -> None:
+        """Bring the experts into kernel layout and load the kernels. Sync: reads the device once per expert."""
+        cfg, arena = self.cfg, self.arena
+        device = arena.device
+        with devices.current(device.index):
+            packed = PackedExperts.pack(weights.to_precision(cfg.precision), device)
+            shape = MoEShape(hidden=cfg.hidden, intermediate=cfg.intermediate, num_experts=cfg.num_experts, num_topk=cfg.num_topk,
+                             num_ranks=arena.num_ranks, has_down_bias=packed.down_bias is not None, scatter=True,
+                             num_sms=num_sms(device.index))
+            configs = all_mega(shape, cfg.max_tokens_per_rank, arena.dims.pool_rows)
+            self._kernels.mega.load(configs.values())
+        self._packed, self._experts, self._configs = packed, packed.for_mega_moe(gate_constants(cfg)), configs
+
+    def weights(self) -> ExpertWeights | None:
+        """The canonical form, unpacked anew by each call: nothing holds a second copy."""
+        return None if self._packed is None else self._packed.unpack()
+
+    def forward(self, x, x_sf, topk_idx, topk_weights, expert_load):
+        """x [T, H] BF16 (codes with x_sf [T, H/32] if given), topk_idx [T, K] int64, topk_weights [T, K] float32 -> y [T, H] BF16.
+
+        Adds the rows received to `expert_load` [e] int64. Sync: stream-ordered; y is NaN if the call fails.
+        """
+        num_tokens, dispatch = topk_idx.shape[0], self._kernels.dispatch
+        with devices.current(self.arena.device.index):
+            y = torch.empty(num_tokens, self.cfg.hidden, dtype=torch.bfloat16, device=self.arena.device)
+            dispatch.stage(x, x_sf, topk_idx, topk_weights)
+            self.arena.note_published()
+            dispatch.route(expert_load)
+            self._kernels.mega.launch(self._configs[token_bucket(num_tokens)], self._experts, dispatch.rows(), y,
+                                      self.timeline)
+        return y

@@ -1,0 +1,209 @@
+// The roles of one block of mega_moe as threads, each making the accesses to shared state that its warp or warpgroup makes, in that order:
+// csrc/include/megamoe/roles/mega_{load,pull,fold,math,combine}.cuh.
+#pragma once
+
+#include "call.hpp"
+#include "handoff.hpp"
+
+namespace protocol {
+
+struct Stage {
+  uint32 rows[kSlotRows][kHidden > kIntermediate ? kHidden : kIntermediate];
+};
+
+class Block {
+ public:
+  Block(Call& call, const TileFlow& flow, const CallEnd& end, uint32 idx)
+      : call_(call), world_(call.world), memory_(call.memory), flow_(flow), end_(end), idx_(idx) {}
+
+  std::vector<std::thread> start() {
+    std::vector<std::thread> threads;
+    const auto add = [&](uint32 role, auto run) {
+      threads.emplace_back([this, role, run] {
+        current_rank = call_.rank;
+        run(Delays{mix(world_.seed, call_.calls.epoch(), call_.rank, idx_, role)});
+      });
+    };
+    add(0, [this](Delays delays) { claim_tasks(delays); });
+    add(1, [this](Delays delays) { load_tokens(delays); });
+    add(2, [this](Delays delays) { pull(delays); });
+    add(3, [this](Delays delays) { fold_rows(delays); });
+    for (uint32 w = 0; w < kWarpgroups; ++w)
+      add(4 + w, [this, w](Delays delays) {
+        if (compute(w, delays)) combine(w);
+      });
+    return threads;
+  }
+
+ private:
+  PoolRow* pool_row(uint32 tile) const { return memory_.pool + call_.rows.shape.ring.first_row(tile); }
+
+  void claim_tasks(Delays delays) {
+    MoeTaskStream<Config> stream(call_.rows.table, call_.rows.shape);
+    bool is_valid = true;
+    for (uint32 n = 0; is_valid; ++n) {
+      delays.pause();
+      Tile task;
+      is_valid = stream.find(end_.claim(), task);
+      if (!is_valid) task.num_tokens = 0;
+      tasks_.put(n, task);
+    }
+  }
+
+  void load_tokens(Delays delays) {
+    const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.expert_calls);
+    uint32 n = 0;
+    for (Tile task = tasks_.take(0); task.num_tokens > 0; task = tasks_.take(++n)) {
+      if (task.linear == 0)
+        flow_.wait_pulled(task.number, w);
+      else
+        flow_.wait_folded(task.number, w);
+      delays.pause();
+      Stage stage{};
+      for (uint32 i = 0; i < task.num_tokens; ++i) {
+        const PoolRow& row = memory_.pool[task.first_row + i];
+        if (task.linear == 0)
+          std::memcpy(stage.rows[i], row.x, sizeof(row.x));
+        else
+          std::memcpy(stage.rows[i], row.a, sizeof(row.a));
+      }
+      stages_.put(n, stage);
+    }
+  }
+
+  // A row between its source rank and the pool.
+  struct RowInFlight {
+    RowPlace place;
+    uint32 row, x[kHidden];
+  };
+
+  void pull(Delays delays) {
+    const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.expert_calls);
+    RowWalk<Config> walk{call_.rows.table};
+    std::vector<RowInFlight> in_flight;
+    const auto finish_oldest = [&] {
+      finish_pull(in_flight.front());
+      in_flight.erase(in_flight.begin());
+    };
+    for (uint32 row = idx_; row < call_.rows.entries.size(); row += world_.num_blocks) {
+      delays.pause();
+      const RowPlace place = walk.find(row);
+      const uint32 most_in_flight = flow_.is_free(place.tile) ? kPullBuffers - 1 : 0;
+      while (in_flight.size() > most_in_flight) finish_oldest();
+      in_flight.push_back(start_pull(row, place, w));
+    }
+    while (!in_flight.empty()) {
+      delays.pause();
+      finish_oldest();
+    }
+  }
+
+  RowInFlight start_pull(uint32 row, RowPlace place, const CallWatch<Layout>& w) {
+    const uint32 entry = call_.rows.entries[row];
+    const uint32 src = entry / (kMaxTokens * kTopk), token = entry / kTopk % kMaxTokens, slot = entry % kTopk;
+    flow_.wait_free(place.tile, w);
+    PoolRow& to = pool_row(place.tile)[place.idx];
+    to.weight = *call_.weight_of(src, token, slot);
+    to.dst = reinterpret_cast<int64>(call_.partial(src, token, slot));
+    RowInFlight started{place, row, {}};
+    std::memcpy(started.x, call_.x_row(src, token), sizeof(started.x));
+    return started;
+  }
+
+  void finish_pull(const RowInFlight& row) {
+    std::memcpy(pool_row(row.place.tile)[row.place.idx].x, row.x, sizeof(row.x));
+    const bool is_last = row.row + 1 == call_.rows.entries.size();
+    if (is_last && world_.fault.hits(FaultKind::kLosesRow, call_.rank, call_.calls.epoch())) return;
+    flow_.publish_pulled(row.place);
+  }
+
+  void fold_rows(Delays delays) {
+    const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.fold_calls);
+    RowWalk<Config> walk{call_.rows.table};
+    for (uint32 row = idx_; row < call_.rows.entries.size(); row += world_.num_blocks) {
+      const RowPlace place = walk.find(row);
+      flow_.wait_activated(place.tile, w);
+      delays.pause();
+      fold(pool_row(place.tile)[place.idx].a);
+      flow_.publish_folded(place);
+    }
+  }
+
+  // False if the fault of this run silences the warpgroup.
+  bool compute(uint32 warpgroup, Delays delays) {
+    uint32 n = 0;
+    for (Tile task = tasks_.take(0); task.num_tokens > 0; task = tasks_.take(++n)) {
+      const Stage stage = stages_.take(n);
+      delays.pause();
+      const uint32 row_block = task.row_tile * kWarpgroups + warpgroup;
+      if (row_block >= kRowBlocks[task.linear]) continue;
+      for (uint32 i = 0; i < task.num_tokens; ++i) compute_row(task, row_block, stage.rows[i], memory_.pool[task.first_row + i]);
+      delays.pause();
+      if (task.linear == 0)
+        flow_.publish_activated(task.number);
+      else
+        flow_.publish_finished(task.number);
+    }
+    return !world_.fault.hits(FaultKind::kSilentBeforeCombine, call_.rank, call_.calls.epoch());
+  }
+
+  void compute_row(const Tile& task, uint32 row_block, const uint32* in, PoolRow& row) {
+    const uint32 expert = call_.rank * world_.num_local_experts() + task.group, first = row_block * kColumns;
+    if (task.linear == 0) {
+      for (uint32 i = first; i < first + kColumns; ++i) row.a[i] = linear1(expert, i, in, row.weight);
+    } else if (row.dst != 0) {
+      for (uint32 i = first; i < first + kColumns; ++i) reinterpret_cast<uint32*>(row.dst)[i] = linear2(expert, i, in);
+    }
+  }
+
+  void combine(uint32 warpgroup) {
+    const CallWatch<Layout> w = call_.watch(CallPhase::kCombine, call_.calls);
+    if (end_.finish()) {
+      for (uint32 r = 0; r < world_.num_ranks; ++r) post_to_peer<&Layout::combine_ready>(call_.symm, r, w.epoch);
+      flow_.clear(0, 1);
+      end_.clear();
+    }
+    bool is_good = !call_.calls.is_failed(w.epoch);
+    if (world_.fault.combine_looks_late && world_.fault.epoch == w.epoch)
+      std::this_thread::sleep_for(std::chrono::nanoseconds(2 * world_.fault.hasty_ns));
+    for (uint32 r = 0; r < world_.num_ranks; ++r)
+      is_good = is_good && w.template wait_for_peer<&Layout::combine_ready>(r) && !w.has_aborted(r);
+    is_good = is_good && !call_.calls.is_failed(w.epoch);  // perhaps since the look above: no abort word tells a rank of its own failure
+    const Inputs in = call_.inputs();
+    for (uint32 token = idx_ * kWarpgroups + warpgroup; token < in.num_tokens(); token += world_.num_blocks * kWarpgroups)
+      for (uint32 i = 0; i < kHidden; ++i) memory_.y[token][i] = is_good ? sum_of_slots(token, i) : kNan;
+  }
+
+  uint32 sum_of_slots(uint32 token, uint32 column) const {
+    uint32 sum = 0;
+    for (uint32 slot = 0; slot < kTopk; ++slot)
+      if (*call_.symm.at<&Layout::topk_idx>(call_.rank, token, slot) >= 0) sum += call_.partial(call_.rank, token, slot)[column];
+    return sum;
+  }
+
+  static constexpr uint32 kPullBuffers = 2;
+  Call& call_;
+  const World& world_;
+  RankMemory& memory_;
+  const TileFlow& flow_;
+  const CallEnd& end_;
+  uint32 idx_;
+  Handoff<Tile, 2> tasks_{1 + kWarpgroups};
+  Handoff<Stage, 2> stages_{kWarpgroups};
+};
+
+// mega_moe of one rank: all its blocks at once.
+inline void run_experts(Call& call) {
+  LocalWords& words = call.memory.words;
+  const TileFlow flow{words.counters, call.rows.shape.ring, {kRowBlocks[0], kRowBlocks[1]}};
+  const CallEnd end{&words.num_tickets, &words.num_finished, call.world.num_blocks * kWarpgroups};
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::thread> threads;
+  for (uint32 b = 0; b < call.world.num_blocks; ++b) {
+    blocks.push_back(std::make_unique<Block>(call, flow, end, b));
+    for (std::thread& thread : blocks.back()->start()) threads.push_back(std::move(thread));
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace protocol

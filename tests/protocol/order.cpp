@@ -1,0 +1,123 @@
+// The order of tasks, exhaustively for small shapes: the stream has every task once, each after those it depends on, with the rows that
+// belong to it; rows are found in their tiles.
+#include <map>
+#include <tuple>
+
+#include "tables.hpp"
+
+namespace protocol {
+
+struct Task {
+  uint32 tile, linear, row_tile;
+  bool operator<(const Task& other) const {
+    return std::tie(tile, linear, row_tile) < std::tie(other.tile, other.linear, other.row_tile);
+  }
+};
+
+constexpr uint32 kRowTiles[2] = {2, 3};
+
+// The tiles by themselves, as the counts of rows say.
+struct PlainTile {
+  uint32 group, tokens, size_idx;
+};
+
+template <class AnyConfig>
+std::vector<PlainTile> list_tiles(const std::vector<uint32>& counts) {
+  using Tiles = typename AnyConfig::TokenTiles;
+  std::vector<PlainTile> tiles;
+  for (uint32 g = 0; g < counts.size(); ++g) {
+    const uint32 number = (counts[g] + Tiles::largest() - 1) / Tiles::largest();
+    uint32 idx = 0;
+    while (number > 0 && Tiles::at(idx) * number < counts[g]) ++idx;
+    for (uint32 left = counts[g]; left > 0; left -= tiles.back().tokens) tiles.push_back({g, std::min(left, Tiles::at(idx)), idx});
+  }
+  return tiles;
+}
+
+template <class AnyConfig>
+void check_rows(const GroupTable<AnyConfig>& table, const std::vector<PlainTile>& tiles, uint32 step) {
+  std::vector<RowPlace> places;
+  for (uint32 t = 0; t < tiles.size(); ++t)
+    for (uint32 i = 0; i < tiles[t].tokens; ++i) places.push_back({t, i, tiles[t].tokens});
+  for (uint32 first = 0; first < step; ++first) {
+    RowWalk<AnyConfig> walk{table};
+    for (uint32 row = first; row < places.size(); row += step) {
+      const RowPlace found = walk.find(row), right = places[row];
+      expect(found.tile == right.tile && found.idx == right.idx && found.num_rows == right.num_rows,
+             "row %u is in tile %u, found in %u", row, right.tile, found.tile);
+    }
+  }
+}
+
+void check_task(const Tile& task, const std::vector<PlainTile>& tiles, const MoeStreamShape& shape) {
+  expect(task.number < tiles.size(), "tile %u of %zu", task.number, tiles.size());
+  const PlainTile& tile = tiles[task.number];
+  expect(task.group == tile.group && task.num_tokens == tile.tokens && task.token_tile_idx == tile.size_idx,
+         "tile %u: %u tokens instead of %u", task.number, task.num_tokens, tile.tokens);
+  expect(task.first_row == task.number % shape.ring.num_slots * shape.ring.slot_rows, "tile %u begins at %u", task.number, task.first_row);
+  expect(task.first_k == 0 && task.num_k == shape.k_blocks[task.linear] && task.is_owner == 1 && task.num_contributors == 0, "tile %u: K",
+         task.number);
+}
+
+// A task comes after those whose results it reads or overwrites. Every task once; `done` is those that came.
+void check_order(const Task& task, const std::map<Task, uint32>& done, const MoeStreamShape& shape) {
+  expect(!done.count(task), "tile %u linear %u row tile %u comes twice", task.tile, task.linear, task.row_tile);
+  const bool is_first = task.linear == 0, reuses = task.tile >= shape.ring.num_slots;
+  if (is_first && !reuses) return;
+  const uint32 needed = is_first ? 1 : 0, tile = is_first ? task.tile - shape.ring.num_slots : task.tile;
+  for (uint32 r = 0; r < shape.row_tiles[needed]; ++r)
+    expect(done.count({tile, needed, r}), "linear %u of tile %u comes before linear %u of tile %u", task.linear, task.tile, needed, tile);
+}
+
+template <class AnyConfig>
+void check_stream(const std::vector<uint32>& counts, uint32 band, uint32 lag, uint32 extra) {
+  GroupTable<AnyConfig> table;
+  build_table(table, offsets_of(counts));
+  const std::vector<PlainTile> tiles = list_tiles<AnyConfig>(counts);
+  expect(table.num_tiles == tiles.size(), "%u tiles instead of %zu", table.num_tiles, tiles.size());
+  const MoeStreamShape shape{static_cast<uint32>(counts.size()), {kRowTiles[0], kRowTiles[1]}, {5, 7}, band, lag,
+                             {lag + 2 * band - 1 + extra, AnyConfig::TokenTiles::largest()}};
+  std::map<Task, uint32> done;
+  std::vector<Task> tasks;
+  MoeTaskStream<AnyConfig> stream(table, shape);
+  Tile found;
+  while (stream.find(static_cast<uint32>(tasks.size()), found)) {
+    check_task(found, tiles, shape);
+    const Task task{found.number, found.linear, found.row_tile};
+    check_order(task, done, shape);
+    done[task] = static_cast<uint32>(tasks.size());
+    tasks.push_back(task);
+  }
+  expect(tasks.size() == tiles.size() * (kRowTiles[0] + kRowTiles[1]), "%zu tasks of %zu tiles", tasks.size(), tiles.size());
+  // Blocks skip the tickets of others.
+  for (uint32 step = 2; step <= 5; step += 3)
+    for (uint32 first = 0; first < step; ++first) {
+      MoeTaskStream<AnyConfig> skipping(table, shape);
+      uint32 ticket = first;
+      for (; skipping.find(ticket, found); ticket += step)
+        expect(ticket < tasks.size() && tasks[ticket].tile == found.number && tasks[ticket].linear == found.linear &&
+                   tasks[ticket].row_tile == found.row_tile,
+               "ticket %u means another task after skipped ones", ticket);
+      expect(ticket >= tasks.size(), "ticket %u of %zu is no task", ticket, tasks.size());
+    }
+  check_rows(table, tiles, 1 + extra);
+}
+
+template <uint32... kSizes>
+uint64 check_all() {
+  uint64 number = 0;
+  for_all_counts(3, 9, [&](const std::vector<uint32>& counts) {
+    for (uint32 band = 1; band <= 3; ++band)
+      for (uint32 lag = 0; lag <= 4; ++lag, ++number) check_stream<TileConfig<kSizes...>>(counts, band, lag, number % 3);
+  });
+  return number;
+}
+
+}  // namespace protocol
+
+void megamoe::machine::observe(const void*, Scope) {}
+
+int main() {
+  const unsigned long long number = protocol::check_all<1>() + protocol::check_all<2>() + protocol::check_all<1, 2>();
+  std::printf("ok: %llu shapes\n", number);
+}
