@@ -114,7 +114,7 @@ def test_arena_budget_too_small(rank_pool):
 
 
 def test_an_engine_that_does_not_exist():
-    message = "MegaMoE: engine must be one of ('auto', 'reference', 'unfused'), got 'warp'; pass engine='auto'"
+    message = "MegaMoE: engine must be one of ('auto', 'reference', 'unfused', 'fused'), got 'warp'; pass engine='auto'"
     with pytest.raises(EngineUnavailableError, match=re.escape(message)):
         MegaMoE(CFG, engine="warp")
 

@@ -23,10 +23,12 @@ MEGAMOE_DEVICE void tell_peers(const MegaBlock<Layout, Config>& block, int64 epo
 template <class Layout, class Config>
 MEGAMOE_DEVICE bool meet_peers(const MegaBlock<Layout, Config>& block, const CallWatch<Layout>& watch) {
   const MegaMoeParams& p = block.p;
-  bool is_good = !p.calls.is_failed(watch.epoch);
-  if (is_good && threadIdx.x < p.symm.num_ranks)
-    is_good = watch.template wait_for_peer<&Layout::combine_ready>(threadIdx.x) && !watch.has_aborted(threadIdx.x);
-  is_good = is_good && !p.calls.is_failed(watch.epoch);  // perhaps since the look above: no abort word tells a rank of its own failure
+  bool is_good = true;
+  if (threadIdx.x < p.symm.num_ranks) {
+    is_good = !p.calls.is_failed(watch.epoch) && watch.template wait_for_peer<&Layout::combine_ready>(threadIdx.x) &&
+              !watch.has_aborted(threadIdx.x);
+    is_good = is_good && !p.calls.is_failed(watch.epoch);  // perhaps since the look above: no abort word tells a rank of its own failure
+  }
   return ptx::barrier_all<Config::kMathWarpgroups * 128>(kMathBarrier, is_good);
 }
 
