@@ -11,6 +11,7 @@ from megamoe.errors import ArenaBudgetError
 POOL_QUANTUM = 64
 # With a default pool of at least this many rows, layers with a small capacity take any routing in one pass.
 MIN_DEFAULT_ROWS = 16384
+TILE_ROWS = 32  # of the pool that the fused engine gives to a token tile when tokens are few
 
 
 def plan_dims(cfg: MoEConfig, num_ranks: int, arena_bytes: int | None = None) -> ArenaDims:
@@ -18,7 +19,7 @@ def plan_dims(cfg: MoEConfig, num_ranks: int, arena_bytes: int | None = None) ->
 
     Without a budget the pool holds the rows of one rank's full capacity, since that is what balanced routing sends here, and a 32nd more,
     since it does so only on average; but at least 16384 rows. More skewed routing goes through it in several passes. It is never larger
-    than the worst case needs.
+    than the worst case needs, in which every expert that gets rows leaves most of a token tile of 32 empty.
 
     Args:
         cfg: the layer.
@@ -29,7 +30,9 @@ def plan_dims(cfg: MoEConfig, num_ranks: int, arena_bytes: int | None = None) ->
         ValueError: the experts do not divide evenly among the ranks.
     """
     tokens, topk = cfg.max_tokens_per_rank, cfg.num_topk
-    worst_rows = num_ranks * tokens * min(topk, cfg.num_local_experts(num_ranks))
+    num_experts = cfg.num_local_experts(num_ranks)
+    received = num_ranks * tokens * min(topk, num_experts)  # at most
+    worst_rows = received + (TILE_ROWS - 1) * min(received, num_experts)
     dims = ArenaDims(num_ranks, tokens, topk, cfg.num_experts, cfg.hidden, cfg.intermediate, cfg.precision, POOL_QUANTUM)
     if arena_bytes is None:
         return replace(dims, pool_rows=_round_up(min(worst_rows, max(tokens * topk * 33 // 32, MIN_DEFAULT_ROWS))))

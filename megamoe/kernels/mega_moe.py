@@ -31,7 +31,7 @@ _COUNTERS_PER_SLOT = 4
 _u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
 TileRing = params_struct("TileRing", [("num_slots", _u32), ("slot_rows", _u32)])
 MoeStreamShape = params_struct("MoeStreamShape", [
-    ("num_groups", _u32), ("row_tiles", _u32 * 2), ("k_blocks", _u32 * 2), ("band_tiles", _u32), ("lag_tiles", _u32), ("ring", TileRing),
+    ("row_tiles", _u32 * 2), ("k_blocks", _u32 * 2), ("band_tiles", _u32), ("lag_tiles", _u32), ("ring", TileRing),
 ])
 TileFlow = params_struct("TileFlow", [("counters", _pointer), ("ring", TileRing), ("row_blocks", _u32 * 2)])
 CallEnd = params_struct("CallEnd", [("num_tickets", _pointer), ("num_finished", _pointer), ("num_expected", _u32)])
@@ -119,8 +119,7 @@ def stream_shape(config: MegaMoeConfig, dims: ArenaDims, num_blocks: int) -> Par
     lag = min(-(-2 * num_blocks // sum(row_tiles)), (num_slots - 1) // 2)
     band = min(MAX_BAND_TILES, (num_slots - lag + 1) // 2)
     return MoeStreamShape.allocate(
-        num_groups=dims.num_experts // dims.num_ranks, row_tiles=(_u32 * 2)(*row_tiles),
-        k_blocks=(_u32 * 2)(*(-(-k // BLOCK_K) for _, k in sizes)), band_tiles=band, lag_tiles=lag,
+        row_tiles=(_u32 * 2)(*row_tiles), k_blocks=(_u32 * 2)(*(-(-k // BLOCK_K) for _, k in sizes)), band_tiles=band, lag_tiles=lag,
         ring=TileRing.allocate(num_slots=num_slots, slot_rows=tile))
 
 

@@ -79,7 +79,6 @@ class Block {
 
   void pull(Delays delays) {
     const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.expert_calls);
-    RowWalk<Config> walk{call_.rows.table};
     std::vector<RowInFlight> in_flight;
     const auto finish_oldest = [&] {
       finish_pull(in_flight.front());
@@ -87,7 +86,7 @@ class Block {
     };
     for (uint32 row = idx_; row < call_.rows.entries.size(); row += world_.num_blocks) {
       delays.pause();
-      const RowPlace place = walk.find(row);
+      const RowPlace place = place_of(row, call_.rows.table);
       const uint32 most_in_flight = flow_.is_free(place.tile) ? kPullBuffers - 1 : 0;
       while (in_flight.size() > most_in_flight) finish_oldest();
       in_flight.push_back(start_pull(row, place, w));
@@ -119,9 +118,8 @@ class Block {
 
   void fold_rows(Delays delays) {
     const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.fold_calls);
-    RowWalk<Config> walk{call_.rows.table};
     for (uint32 row = idx_; row < call_.rows.entries.size(); row += world_.num_blocks) {
-      const RowPlace place = walk.find(row);
+      const RowPlace place = place_of(row, call_.rows.table);
       flow_.wait_activated(place.tile, w);
       delays.pause();
       fold(pool_row(place.tile)[place.idx].a);

@@ -56,15 +56,14 @@ struct Explorer {
   std::vector<RowPlace> rows;
 
   Explorer(const std::vector<uint32>& counts, uint32 band, uint32 lag, uint32 missing_slots, bool holds_rows)
-      : shape{static_cast<uint32>(counts.size()), {kRowBlocks[0], kRowBlocks[1]}, {1, 1}, band, lag,
+      : shape{{kRowBlocks[0], kRowBlocks[1]}, {1, 1}, band, lag,
               {std::max(lag + 2 * band - 1 - missing_slots, 1u), Config::TokenTiles::largest()}},
         holds_rows(holds_rows) {
     const std::vector<int32> offsets = offsets_of(counts);
     build_table(table, offsets);
     MoeTaskStream<Config> stream(table, shape);
     for (Tile task; stream.find(static_cast<uint32>(tasks.size()), task);) tasks.push_back(task);
-    RowWalk<Config> walk{table};
-    for (int32 row = 0; row < offsets.back(); ++row) rows.push_back(walk.find(row));
+    for (int32 row = 0; row < offsets.back(); ++row) rows.push_back(place_of(row, table));
   }
 
   TileFlow flow(State& state) const { return {state.counters, shape.ring, {kRowBlocks[0], kRowBlocks[1]}}; }

@@ -40,9 +40,8 @@ void check_rows(const GroupTable<AnyConfig>& table, const std::vector<PlainTile>
   for (uint32 t = 0; t < tiles.size(); ++t)
     for (uint32 i = 0; i < tiles[t].tokens; ++i) places.push_back({t, i, tiles[t].tokens});
   for (uint32 first = 0; first < step; ++first) {
-    RowWalk<AnyConfig> walk{table};
     for (uint32 row = first; row < places.size(); row += step) {
-      const RowPlace found = walk.find(row), right = places[row];
+      const RowPlace found = place_of(row, table), right = places[row];
       expect(found.tile == right.tile && found.idx == right.idx && found.num_rows == right.num_rows,
              "row %u is in tile %u, found in %u", row, right.tile, found.tile);
     }
@@ -75,7 +74,7 @@ void check_stream(const std::vector<uint32>& counts, uint32 band, uint32 lag, ui
   build_table(table, offsets_of(counts));
   const std::vector<PlainTile> tiles = list_tiles<AnyConfig>(counts);
   expect(table.num_tiles == tiles.size(), "%u tiles instead of %zu", table.num_tiles, tiles.size());
-  const MoeStreamShape shape{static_cast<uint32>(counts.size()), {kRowTiles[0], kRowTiles[1]}, {5, 7}, band, lag,
+  const MoeStreamShape shape{{kRowTiles[0], kRowTiles[1]}, {5, 7}, band, lag,
                              {lag + 2 * band - 1 + extra, AnyConfig::TokenTiles::largest()}};
   std::map<Task, uint32> done;
   std::vector<Task> tasks;

@@ -56,6 +56,7 @@ void build_table(GroupTable<AnyConfig>& table, const std::vector<int32>& offsets
   grouping.offsets = offsets.data();
   grouping.num_groups = num_groups;
   grouping.num_rows = offsets.back();
+  table.num_groups = num_groups;
   table.num_tiles = 0;
   for (uint32 g = 0; g < num_groups; ++g) {
     table.describe(grouping, g);

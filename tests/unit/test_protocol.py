@@ -97,10 +97,10 @@ def test_default_pool():
     assert v4_pro.pool_rows == 8192 * 6 * 33 // 32
     assert pack(v4_pro).num_bytes <= 1.5 * 2**30
     few = replace(V4_PRO, max_tokens_per_rank=3)
-    assert plan_dims(few, num_ranks=1).pool_rows == 64, "worst case 18 rows"
-    assert plan_dims(few, num_ranks=64).pool_rows == 64 * 3 * 6, "the worst case: one pass however skewed the routing is"
+    assert plan_dims(few, num_ranks=1).pool_rows == 18 * 32, "worst case: 18 rows of different experts, a tile each"
+    assert plan_dims(few, num_ranks=64).pool_rows == 64 * 21, "the worst case: 64 * 3 * 6 rows and 31 beside each of 6 experts'"
     one_expert = replace(V4_PRO, num_experts=8, max_tokens_per_rank=64)
-    assert plan_dims(one_expert, num_ranks=8).pool_rows == 8 * 64, "a token has at most one slot on a rank with one expert"
+    assert plan_dims(one_expert, num_ranks=8).pool_rows == 9 * 64, "512 rows and 31: a token has at most one slot on a rank with one expert"
     assert plan_dims(replace(V4_PRO, max_tokens_per_rank=1024), num_ranks=8).pool_rows == 16384, "the least where T * K is 6144"
 
 
@@ -110,7 +110,7 @@ def test_a_budget_is_spent_on_the_pool():
     dims = plan_dims(cfg, 4, budget)
     assert dims.pool_rows % 64 == 0
     assert pack(dims).num_bytes <= budget < pack(replace(dims, pool_rows=dims.pool_rows + 64)).num_bytes
-    assert plan_dims(cfg, 4, 2**40).pool_rows == 4 * 128 * 6, "never more than the worst case"
+    assert plan_dims(cfg, 4, 2**40).pool_rows == 95 * 64, "never more than the worst case: 4 * 128 * 6 + 31 * 96"
 
 
 def test_budget_too_small_names_both_fixes():

@@ -105,7 +105,7 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
   table.build(p.linear[0].grouping, 1, threadIdx.x, Config::kThreads);
   __syncthreads();
 
-  const GroupEntry last = table.entries[p.stream.num_groups - 1];
+  const GroupEntry last = table.entries[table.num_groups - 1];
   const MegaBlock<Layout, Config> block{p, table, base, idx, last.begin + last.count};
   const TileReader tiles{slots, TilePipeline(base + Gemm::kTileBarriers)};
   if (warp >= kMathWarps) {

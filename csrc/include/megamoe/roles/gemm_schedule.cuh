@@ -9,7 +9,7 @@ namespace megamoe {
 
 template <class Config>
 MEGAMOE_DEVICE void gemm_schedule(const Fp4GemmParams& p, const GroupTable<Config>& table, Tile* slots, TilePipeline pipe) {
-  TileStream<Config> stream(table, p.grouping.num_groups, p.num_k_blocks, p.workspace != nullptr);
+  TileStream<Config> stream(table, p.num_k_blocks, p.workspace != nullptr);
   for (bool is_valid = true; is_valid; pipe.advance()) {
     Tile tile;
     is_valid = stream.next(tile);

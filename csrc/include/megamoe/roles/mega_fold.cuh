@@ -47,11 +47,10 @@ MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block) {
   const MegaMoeParams& p = block.p;
   const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
   const uint32 lane = threadIdx.x % 32;
-  RowWalk<Config> walk{block.table};
   auto timeline = block.timeline(kFoldLane, lane == 0);
 #pragma unroll 1
   for (uint32 row = block.idx; row < block.num_rows; row += p.num_blocks) {
-    const RowPlace place = walk.find(row);
+    const RowPlace place = place_of(row, block.table);
     const uint64 pool_row = p.stream.ring.first_row(place.tile) + place.idx;
     timeline.begin();
     if (lane == 0) p.flow.wait_activated(place.tile, watch);

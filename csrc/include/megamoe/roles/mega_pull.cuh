@@ -20,7 +20,7 @@ struct PulledRow {
 };
 
 template <class Layout, class Config>
-MEGAMOE_DEVICE PulledRow find_row(const MegaBlock<Layout, Config>& block, RowWalk<Config>& walk, uint32 row) {
+MEGAMOE_DEVICE PulledRow find_row(const MegaBlock<Layout, Config>& block, uint32 row) {
   constexpr uint32 kEntriesPerRank = Config::kMaxTokens * Config::kNumTopk;
   const MegaMoeParams& p = block.p;
   const uint32 entry = p.row_entry[row], src = entry / kEntriesPerRank;
@@ -30,7 +30,7 @@ MEGAMOE_DEVICE PulledRow find_row(const MegaBlock<Layout, Config>& block, RowWal
   found.sf = *p.symm.at<&Layout::x_sf>(src, token, 0);
   found.codes = reinterpret_cast<const uint8*>(p.symm.at<&Layout::x>(src, token, 0));
   found.dst = reinterpret_cast<int64>(p.symm.at<&Layout::partials>(src, token, slot, 0));
-  found.place = walk.find(row);
+  found.place = place_of(row, block.table);
   found.pool_row = p.stream.ring.first_row(found.place.tile) + found.place.idx;
   return found;
 }
@@ -93,13 +93,12 @@ MEGAMOE_DEVICE void mega_pull(const MegaBlock<Layout, Config>& block) {
   const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
   const uint32 lane = threadIdx.x % 32;
   RowsInFlight<Layout, Config> rows(block);
-  RowWalk<Config> walk{block.table};
   ptx::fence_proxy_async_global();  // bulk copies read what the ranks' threads wrote
 
   for (uint32 first = block.idx; first < block.num_rows; first += 32 * p.num_blocks) {
     const uint32 count = min_of(32, ceil_div(block.num_rows - first, p.num_blocks));
     PulledRow row;
-    if (lane < count) row = find_row(block, walk, first + lane * p.num_blocks);
+    if (lane < count) row = find_row(block, first + lane * p.num_blocks);
     uint32 num_finished = 0;
 #pragma unroll 1
     for (uint32 i = 0; i < count; ++i) {

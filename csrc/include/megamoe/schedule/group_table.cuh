@@ -27,10 +27,15 @@ struct alignas(16) GroupEntry {
 template <class Config>
 struct GroupTable {
   GroupEntry entries[Config::kMaxGroups];
-  uint32 num_tiles;
+  uint32 num_groups, num_tiles;
 
   MEGAMOE_HOST_DEVICE uint32 tokens_per_tile(uint32 g) const { return Config::TokenTiles::at(entries[g].token_tile_idx); }
   MEGAMOE_HOST_DEVICE uint32 num_token_tiles(uint32 g) const { return ceil_div(entries[g].count, tokens_per_tile(g)); }
+
+  // The group of a tile, or of a row if rows are grouped by offsets. A scan from one group to the next would cost every role of a block
+  // 60 cycles per group: with one token and 384 experts, 13 of which get none between two that do, 25 us (H200, 2026-11-21).
+  MEGAMOE_HOST_DEVICE uint32 group_of_tile(uint32 tile) const { return last_not_beyond<&GroupEntry::first_tile>(tile); }
+  MEGAMOE_HOST_DEVICE uint32 group_of_row(uint32 row) const { return last_not_beyond<&GroupEntry::begin>(row); }
 
   // All of entry g but its first tile.
   MEGAMOE_HOST_DEVICE void describe(const Grouping& grouping, uint32 g) {
@@ -59,24 +64,40 @@ struct GroupTable {
     __syncthreads();
     if (thread < 32) scan(grouping.num_groups, num_row_tiles, thread);
   }
+#endif
 
  private:
+  // The last group whose `kFirst` is at most `value`. Groups without rows begin where the next one does, so it is never one of those.
+  template <uint32 GroupEntry::*kFirst>
+  MEGAMOE_HOST_DEVICE uint32 last_not_beyond(uint32 value) const {
+    uint32 found = 0, beyond = num_groups;
+    while (found + 1 < beyond) {
+      const uint32 middle = (found + beyond) / 2;
+      if (entries[middle].*kFirst <= value)
+        found = middle;
+      else
+        beyond = middle;
+    }
+    return found;
+  }
+
+#ifdef __CUDACC__
   // Prefix sum over the groups' tiles, by one warp.
-  MEGAMOE_DEVICE void scan(uint32 num_groups, uint32 num_row_tiles, uint32 lane) {
+  MEGAMOE_DEVICE void scan(uint32 count, uint32 num_row_tiles, uint32 lane) {
     uint32 total = 0;
-    for (uint32 first = 0; first < num_groups; first += 32) {
+    for (uint32 first = 0; first < count; first += 32) {
       const uint32 g = first + lane;
-      const uint32 mine = g < num_groups ? num_row_tiles * num_token_tiles(g) : 0;
+      const uint32 mine = g < count ? num_row_tiles * num_token_tiles(g) : 0;
       uint32 sum = mine;
 #pragma unroll
       for (uint32 step = 1; step < 32; step *= 2) {
         const uint32 below = __shfl_up_sync(~0u, sum, step);
         sum += lane >= step ? below : 0;
       }
-      if (g < num_groups) entries[g].first_tile = total + sum - mine;
+      if (g < count) entries[g].first_tile = total + sum - mine;
       total += __shfl_sync(~0u, sum, 31);
     }
-    if (lane == 0) num_tiles = total;
+    if (lane == 0) num_groups = count, num_tiles = total;
   }
 #endif
 };

@@ -30,15 +30,14 @@ struct TileStream {
   static constexpr uint32 kSplitBelowPercent = 50, kMinPart = 4;
 
   const GroupTable<Config>& table;
-  uint32 num_groups, num_k_blocks;
-  uint32 group = 0;       // of the tile taken last
+  uint32 num_k_blocks;
   uint32 next_tile;       // of the full rounds
   uint32 end_of_rounds;   // tiles from here on are cut along K
   uint32 num_parts;       // blocks that take part in those, the first ones
   uint32 part, part_end;  // this block's blocks of K among those; part_end moves down as its tiles are taken
 
-  MEGAMOE_DEVICE TileStream(const GroupTable<Config>& table, uint32 num_groups, uint32 num_k_blocks, bool can_split)
-      : table(table), num_groups(num_groups), num_k_blocks(num_k_blocks), next_tile(blockIdx.x), end_of_rounds(table.num_tiles) {
+  MEGAMOE_DEVICE TileStream(const GroupTable<Config>& table, uint32 num_k_blocks, bool can_split)
+      : table(table), num_k_blocks(num_k_blocks), next_tile(blockIdx.x), end_of_rounds(table.num_tiles) {
     const uint32 left = table.num_tiles % gridDim.x;
     if (can_split && left * 100 < gridDim.x * kSplitBelowPercent) end_of_rounds -= left;
     num_parts = min_of(gridDim.x, num_split_blocks() / kMinPart);
@@ -70,7 +69,6 @@ struct TileStream {
     const uint32 last = (part_end - 1) / num_k_blocks, first = part / num_k_blocks;  // tiles; the later one goes first
     const uint32 tile_begin = last * num_k_blocks;
     const uint32 begin = last > first ? tile_begin : part;
-    group = 0;
     locate(end_of_rounds + last, tile);
     tile.first_k = begin - tile_begin;
     tile.num_k = part_end - begin;
@@ -83,7 +81,7 @@ struct TileStream {
   }
 
   MEGAMOE_DEVICE void locate(uint32 idx, Tile& tile) {
-    while (group + 1 < num_groups && idx >= table.entries[group + 1].first_tile) ++group;
+    const uint32 group = table.group_of_tile(idx);
     const GroupEntry entry = table.entries[group];
     const uint32 num_token_tiles = table.num_token_tiles(group);
     const uint32 tokens = Config::TokenTiles::at(entry.token_tile_idx);

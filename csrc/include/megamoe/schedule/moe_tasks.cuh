@@ -28,7 +28,6 @@ struct TileRing {
 
 // What the order depends on beside the counts of rows.
 struct MoeStreamShape {
-  uint32 num_groups;
   uint32 row_tiles[2];  // of linear 1 and 2
   uint32 k_blocks[2];
   uint32 band_tiles, lag_tiles;
@@ -41,19 +40,13 @@ struct RowPlace {
   uint32 num_rows;      // of the tile
 };
 
-// Finds received rows. One walk looks for rows in ascending order.
 template <class Config>
-struct RowWalk {
-  const GroupTable<Config>& table;
-  uint32 group = 0;
-
-  MEGAMOE_HOST_DEVICE RowPlace find(uint32 row) {
-    while (row >= table.entries[group].begin + table.entries[group].count) ++group;
-    const GroupEntry entry = table.entries[group];
-    const uint32 tokens = table.tokens_per_tile(group), in_group = row - entry.begin, tile = in_group / tokens;
-    return {entry.first_tile + tile, in_group - tile * tokens, min_of(tokens, entry.count - tile * tokens)};
-  }
-};
+MEGAMOE_HOST_DEVICE RowPlace place_of(uint32 row, const GroupTable<Config>& table) {
+  const uint32 group = table.group_of_row(row), tokens = table.tokens_per_tile(group);
+  const GroupEntry entry = table.entries[group];
+  const uint32 in_group = row - entry.begin, tile = in_group / tokens;
+  return {entry.first_tile + tile, in_group - tile * tokens, min_of(tokens, entry.count - tile * tokens)};
+}
 
 // A walk over the bands. Starts before the first one.
 template <class Config>
@@ -66,8 +59,11 @@ struct BandWalk {
   MEGAMOE_HOST_DEVICE uint32 end() const { return first + count; }
   MEGAMOE_HOST_DEVICE bool next() {
     first = end();
-    while (group < shape.num_groups && first == end_of_group()) ++group;
-    count = group < shape.num_groups ? min_of(shape.band_tiles, end_of_group() - first) : 0;
+    count = 0;
+    if (first < table.num_tiles) {
+      group = table.group_of_tile(first);
+      count = min_of(shape.band_tiles, end_of_group() - first);
+    }
     return count > 0;
   }
 
