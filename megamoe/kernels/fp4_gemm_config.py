@@ -11,7 +11,8 @@ MAX_SMEM_BYTES = 232448
 STAGING_PITCH = 64 * 2 + 16
 EPILOGUES = ("store", "accumulate", "swiglu")
 GROUP_ENTRY_BYTES = 16
-TILE_RING_BYTES = 4 * (48 + 16)
+TILE_SLOTS = 4
+TILE_RING_BYTES = TILE_SLOTS * (48 + 16)
 # (math, aux) registers per thread by number of math warpgroups. The sum over the block must fit 64 K registers, or setmaxnreg hangs.
 REGISTERS = {2: (232, 40), 3: (152, 56), 4: (104, 56)}
 # Largest token tile that leaves registers for two expanded fragments, by number of warpgroups; larger ones expand and multiply in turns.
@@ -143,7 +144,7 @@ class Fp4GemmConfig(GemmBlock):
 
     @property
     def fixed_bytes(self) -> int:
-        return self._bytes_beside_stages(6 if self.epilogue == "swiglu" else 2 if self.has_bias else 1, self.has_bias)
+        return self._bytes_beside_stages(6 if self.epilogue == "swiglu" else 4 if self.scatter else 2 if self.has_bias else 1, self.has_bias)
 
     @property
     def smem_bytes(self) -> int:

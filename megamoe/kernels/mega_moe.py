@@ -208,8 +208,7 @@ class MegaMoe:
         return MegaMoeParams.allocate(
             linear=(Fp4GemmParams * 2)(gate_up, down), symm=self._symm, calls=self._calls, stream=stream,
             flow=TileFlow.allocate(counters=counters, ring=stream.ring, row_blocks=row_blocks),
-            end=CallEnd.allocate(num_tickets=end_of_slots, num_finished=end_of_slots + 4,
-                                 num_expected=self.num_blocks * config.num_math_warpgroups),
+            end=CallEnd.allocate(num_tickets=end_of_slots, num_finished=end_of_slots + 4, num_expected=self.num_blocks),
             row_entry=routed.row_entry.data_ptr(), pool_codes=pool["pool_x"].data_ptr(), pool_sf=pool_sf.data_ptr(),
             row_weight=self._row_weight.data_ptr(), row_dst=self._row_dst.data_ptr(), act_row_sf=self._act_row_sf.data_ptr(),
             num_blocks=self.num_blocks)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megamoe.errors import check
-from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES, GemmBlock, round_up
+from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES, TILE_SLOTS, GemmBlock, round_up
 
 OP = "mega_moe"
 # (math, aux) registers per thread by number of math warpgroups: the aux warps do more here than in fp4_gemm. The sum over the block must
@@ -74,16 +74,16 @@ class MegaMoeConfig(GemmBlock):
 
     @property
     def max_gemm_bytes(self) -> int:
-        return (MAX_SMEM_BYTES - self._pull_bytes) // 128 * 128
+        return (MAX_SMEM_BYTES - self._mega_bytes) // 128 * 128
 
     @property
     def smem_bytes(self) -> int:
-        """MegaSmemPlan::kBytes: that of the GEMM, then a buffer and two barriers per row in flight."""
-        return round_up(self.gemm_bytes, 128) + self._pull_bytes
+        """MegaSmemPlan::kBytes: that of the GEMM, then a buffer and two barriers per row in flight, and a barrier per task handed over."""
+        return round_up(self.gemm_bytes, 128) + self._mega_bytes
 
     @property
-    def _pull_bytes(self) -> int:
-        return self.pull_buffers * (self.hidden + 16)
+    def _mega_bytes(self) -> int:
+        return self.pull_buffers * (self.hidden + 16) + 8 * TILE_SLOTS
 
 
 def with_most_stages(*, limit: int = 16, **shape) -> MegaMoeConfig:

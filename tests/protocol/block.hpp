@@ -1,5 +1,5 @@
 // The roles of one block of mega_moe as threads, each making the accesses to shared state that its warp or warpgroup makes, in that order:
-// csrc/include/megamoe/roles/mega_{load,pull,fold,math,combine}.cuh.
+// csrc/include/megamoe/roles/mega_{load,pull,fold,publish,math,combine}.cuh.
 #pragma once
 
 #include "call.hpp"
@@ -78,7 +78,7 @@ class Block {
   };
 
   void pull(Delays delays) {
-    const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.expert_calls);
+    const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.pull_calls);
     std::vector<RowInFlight> in_flight;
     const auto finish_oldest = [&] {
       finish_pull(in_flight.front());
@@ -111,13 +111,45 @@ class Block {
 
   void finish_pull(const RowInFlight& row) {
     std::memcpy(pool_row(row.place.tile)[row.place.idx].x, row.x, sizeof(row.x));
-    const bool is_last = row.row + 1 == call_.rows.entries.size();
-    if (is_last && world_.fault.hits(FaultKind::kLosesRow, call_.rank, call_.calls.epoch())) return;
+    const size_t lost = world_.fault.loses_first_row ? 0 : call_.rows.entries.size() - 1;
+    if (row.row == lost && world_.fault.hits(FaultKind::kLosesRow, call_.rank, call_.calls.epoch())) return;
     flow_.publish_pulled(row.place);
   }
 
+  // Publishes the block's oldest task if all warpgroups are done with it.
+  void poll_publisher() {
+    if (is_published_ || !tasks_.is_there(num_published_)) return;
+    const uint32 n = num_published_;
+    const Tile& task = tasks_.look_at(n);
+    is_published_ = task.num_tokens == 0;
+    if (is_published_ || num_done_[n % kTaskSlots].load(std::memory_order_acquire) < (n / kTaskSlots + 1) * kWarpgroups) return;
+    const uint32 num_row_blocks = std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups);
+    if (task.linear == 0)
+      flow_.publish_activated(task.number, num_row_blocks);
+    else
+      flow_.publish_finished(task.number, num_row_blocks);
+    tasks_.give_back(n);
+    ++num_published_;
+  }
+
+  // A CallWatch with the publisher at work meanwhile.
+  struct PublishingWatch {
+    const CallWatch<Layout>& watch;
+    Block& block;
+    const Symm& symm;
+
+    template <class Poll>
+    bool wait(uint32 peer, Poll poll) const {
+      return watch.wait(peer, [&](int64& got) {
+        block.poll_publisher();
+        return poll(got);
+      });
+    }
+  };
+
   void fold_rows(Delays delays) {
-    const CallWatch<Layout> w = call_.watch(CallPhase::kExperts, call_.fold_calls);
+    const CallWatch<Layout> watch = call_.watch(CallPhase::kExperts, call_.fold_calls);
+    const PublishingWatch w{watch, *this, call_.symm};
     for (uint32 row = idx_; row < call_.rows.entries.size(); row += world_.num_blocks) {
       const RowPlace place = place_of(row, call_.rows.table);
       flow_.wait_activated(place.tile, w);
@@ -125,6 +157,19 @@ class Block {
       fold(pool_row(place.tile)[place.idx].a);
       flow_.publish_folded(place);
     }
+    while (!is_published_) {
+      poll_publisher();
+      wait_briefly();
+    }
+    end_call(watch.epoch);
+  }
+
+  // The fault of this run may silence a rank: nobody of it says combine_ready.
+  void end_call(int64 epoch) {
+    if (world_.fault.hits(FaultKind::kSilentBeforeCombine, call_.rank, epoch) || !end_.finish()) return;
+    for (uint32 r = 0; r < world_.num_ranks; ++r) post_to_peer<&Layout::combine_ready>(call_.symm, r, epoch);
+    flow_.clear(0, 1);
+    end_.clear();
   }
 
   // False if the fault of this run silences the warpgroup.
@@ -134,13 +179,10 @@ class Block {
       const Stage stage = stages_.take(n);
       delays.pause();
       const uint32 row_block = task.row_tile * kWarpgroups + warpgroup;
-      if (row_block >= kRowBlocks[task.linear]) continue;
-      for (uint32 i = 0; i < task.num_tokens; ++i) compute_row(task, row_block, stage.rows[i], memory_.pool[task.first_row + i]);
+      if (row_block < kRowBlocks[task.linear])
+        for (uint32 i = 0; i < task.num_tokens; ++i) compute_row(task, row_block, stage.rows[i], memory_.pool[task.first_row + i]);
       delays.pause();
-      if (task.linear == 0)
-        flow_.publish_activated(task.number);
-      else
-        flow_.publish_finished(task.number);
+      num_done_[n % kTaskSlots].fetch_add(1, std::memory_order_release);
     }
     return !world_.fault.hits(FaultKind::kSilentBeforeCombine, call_.rank, call_.calls.epoch());
   }
@@ -156,11 +198,6 @@ class Block {
 
   void combine(uint32 warpgroup) {
     const CallWatch<Layout> w = call_.watch(CallPhase::kCombine, call_.calls);
-    if (end_.finish()) {
-      for (uint32 r = 0; r < world_.num_ranks; ++r) post_to_peer<&Layout::combine_ready>(call_.symm, r, w.epoch);
-      flow_.clear(0, 1);
-      end_.clear();
-    }
     bool is_good = !call_.calls.is_failed(w.epoch);
     if (world_.fault.combine_looks_late && world_.fault.epoch == w.epoch)
       std::this_thread::sleep_for(std::chrono::nanoseconds(2 * world_.fault.hasty_ns));
@@ -179,14 +216,17 @@ class Block {
     return sum;
   }
 
-  static constexpr uint32 kPullBuffers = 2;
+  static constexpr uint32 kPullBuffers = 2, kTaskSlots = 2;
   Call& call_;
   const World& world_;
   RankMemory& memory_;
   const TileFlow& flow_;
   const CallEnd& end_;
   uint32 idx_;
-  Handoff<Tile, 2> tasks_{1 + kWarpgroups};
+  Handoff<Tile, kTaskSlots> tasks_{2 + kWarpgroups};  // load tokens, publish, math
+  std::atomic<uint32> num_done_[kTaskSlots]{};        // warpgroups, over all tasks of the slot
+  uint32 num_published_ = 0;                          // tasks; the fold thread's
+  bool is_published_ = false;
   Handoff<Stage, 2> stages_{kWarpgroups};
 };
 
@@ -194,7 +234,7 @@ class Block {
 inline void run_experts(Call& call) {
   LocalWords& words = call.memory.words;
   const TileFlow flow{words.counters, call.rows.shape.ring, {kRowBlocks[0], kRowBlocks[1]}};
-  const CallEnd end{&words.num_tickets, &words.num_finished, call.world.num_blocks * kWarpgroups};
+  const CallEnd end{&words.num_tickets, &words.num_finished, call.world.num_blocks};
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::thread> threads;
   for (uint32 b = 0; b < call.world.num_blocks; ++b) {

@@ -19,12 +19,12 @@ struct Call {
   RankMemory& memory;
   uint32 rank;
   Symm symm;
-  CallStateParams calls, expert_calls, fold_calls;  // the same words with the deadlines of each WaitKind
+  CallStateParams calls, expert_calls, fold_calls, pull_calls;  // the same words with the deadlines of each WaitKind
   Rows rows;
 
   Call(const World& world, uint32 rank)
       : world(world), memory(*world.ranks[rank]), rank(rank), symm(world.symm(rank)),
-        calls{memory.words.calls, memory.reports, world.timeout_ns}, expert_calls(calls), fold_calls(calls) {}
+        calls{memory.words.calls, memory.reports, world.timeout_ns}, expert_calls(calls), fold_calls(calls), pull_calls(calls) {}
 
   CallWatch<Layout> watch(CallPhase phase, const CallStateParams& with) const { return {symm, with, with.epoch(), phase}; }
   Inputs inputs() const { return {world, calls.epoch(), rank}; }
@@ -34,6 +34,7 @@ struct Call {
     calls.timeout_ns = world.deadline_ns(rank, epoch, WaitKind::kPeers);
     expert_calls.timeout_ns = world.deadline_ns(rank, epoch, WaitKind::kExperts);
     fold_calls.timeout_ns = world.deadline_ns(rank, epoch, WaitKind::kFold);
+    pull_calls.timeout_ns = world.deadline_ns(rank, epoch, WaitKind::kPull);
   }
 
   // moe_stage. Poisons what nobody may read before it is written again: the rank's own pool, partials and y.

@@ -23,6 +23,7 @@ struct PoolRow {
 
 struct BlockState {
   uint8 tasks[kClaims], num_tasks, has_started, is_done;  // claimed tasks, the first one loaded
+  uint8 unpublished[kClaims], num_unpublished;            // computed ones, which keep their places until they are published
   uint8 num_started, num_landed, num_folded;              // of the block's rows
 };
 
@@ -83,7 +84,7 @@ struct Explorer {
 
   bool claim(State& s, uint32 b) const {
     BlockState& block = s.blocks[b];
-    if (block.is_done || block.num_tasks == kClaims) return false;
+    if (block.is_done || block.num_tasks + block.num_unpublished == kClaims) return false;
     if (s.num_tickets == tasks.size()) return block.is_done = true;
     block.tasks[block.num_tasks++] = s.num_tickets++;
     return true;
@@ -114,10 +115,20 @@ struct Explorer {
       expect(row.tile == task.number, "tile %u was replaced while linear %u used it", task.number, task.linear);
       ++row.num_computed[task.linear];
     }
-    task.linear == 0 ? flow(s).publish_activated(task.number) : flow(s).publish_finished(task.number);
+    block.unpublished[block.num_unpublished++] = block.tasks[0];
     block.tasks[0] = block.tasks[1];
     block.tasks[--block.num_tasks] = kNothing;
     block.has_started = false;
+    return true;
+  }
+
+  bool publish(State& s, uint32 b) const {
+    BlockState& block = s.blocks[b];
+    if (block.num_unpublished == 0) return false;
+    const Tile& task = tasks[block.unpublished[0]];
+    task.linear == 0 ? flow(s).publish_activated(task.number, 1) : flow(s).publish_finished(task.number, 1);
+    block.unpublished[0] = block.unpublished[1];
+    block.unpublished[--block.num_unpublished] = kNothing;
     return true;
   }
 
@@ -162,7 +173,7 @@ struct Explorer {
   bool is_over(const State& s) const {
     for (uint32 b = 0; b < kBlocks; ++b) {
       const BlockState& block = s.blocks[b];
-      if (!block.is_done || block.num_tasks > 0 || block.num_landed < num_rows(b) || block.num_folded < num_rows(b)) return false;
+      if (!block.is_done || block.num_tasks + block.num_unpublished > 0 || block.num_landed < num_rows(b) || block.num_folded < num_rows(b)) return false;
     }
     return true;
   }
@@ -172,8 +183,11 @@ struct Explorer {
     State begin;
     std::memset(static_cast<void*>(&begin), 0, sizeof(begin));
     for (PoolRow& row : begin.pool) row.tile = kNothing;
-    for (BlockState& block : begin.blocks) std::memset(block.tasks, kNothing, sizeof(block.tasks));
-    constexpr Step kSteps[] = {&Explorer::claim,     &Explorer::load,     &Explorer::compute,
+    for (BlockState& block : begin.blocks) {
+      std::memset(block.tasks, kNothing, sizeof(block.tasks));
+      std::memset(block.unpublished, kNothing, sizeof(block.unpublished));
+    }
+    constexpr Step kSteps[] = {&Explorer::claim,     &Explorer::load,     &Explorer::compute, &Explorer::publish,
                                &Explorer::start_row, &Explorer::land_row, &Explorer::fold_row};
     std::unordered_set<std::string> seen{bytes(begin)};
     for (std::deque<State> open{begin}; !open.empty(); open.pop_front()) {

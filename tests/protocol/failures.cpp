@@ -2,6 +2,7 @@
 // reset (after a refusal at once).
 // Arguments: scenario, seed, blocks, hasty_ms (deadline of the waits that must end), patience_ms (of all others), limit_s (of the run).
 #include <algorithm>
+#include <set>
 
 #include "program.hpp"
 
@@ -24,7 +25,8 @@ const std::map<std::string, Scenario> kScenarios = {
     {"silent_before_combine", {FaultKind::kSilentBeforeCombine, Fault::kAllForPeers, CallPhase::kCombine, false, false}},
     {"loses_row", {FaultKind::kLosesRow, Fault::kTheRank, CallPhase::kCombine, false, false}},
     {"loses_row_combine_late", {FaultKind::kLosesRow, Fault::kTheRank, CallPhase::kCombine, true, false}},
-    {"loses_row_aborts_slow", {FaultKind::kLosesRow, Fault::kItsFolds, CallPhase::kCombine, false, true}},
+    // Of the roles that wait, pull is the one without which the others can end the call.
+    {"loses_row_aborts_slow", {FaultKind::kLosesRow, Fault::kItsPulls, CallPhase::kCombine, false, true}},
 };
 
 // What the host finds in a report.
@@ -57,26 +59,27 @@ void observe(const void* address, machine::Scope scope) {
   }
 }
 
-uint32 rows_of(const World& world, uint32 rank, int64 epoch) {
-  uint32 count = 0;
+// The experts of `rank` that get rows, at least a tile each.
+uint32 busy_experts_of(const World& world, uint32 rank, int64 epoch) {
+  std::set<int64> experts;
   for (uint32 src = 0; src < world.num_ranks; ++src) {
     const Inputs in{world, epoch, src};
     for (uint32 i = 0; i < in.num_tokens() * kTopk; ++i) {
       const int64 expert = in.expert(i / kTopk, i % kTopk);
-      count += expert >= 0 && expert / world.num_local_experts() == rank;
+      if (expert >= 0 && expert / world.num_local_experts() == rank) experts.insert(expert);
     }
   }
-  return count;
+  return static_cast<uint32>(experts.size());
 }
 
 // Moves on to a seed with which every rank has tokens in call `epoch` and the culprit receives rows, of which the last one holds up so few
-// tasks that some of its blocks have none left; all its blocks have tokens to sum.
-void draw_seed(World& world, int64 epoch) {
+// tasks that some of its blocks have none left; all its blocks have tokens to sum. `waits_in_pull`: slots are used more than once.
+void draw_seed(World& world, int64 epoch, bool waits_in_pull) {
   const auto fits = [&] {
     bool has_tokens = true;
     for (uint32 r = 0; r < world.num_ranks; ++r) has_tokens = has_tokens && Inputs{world, epoch, r}.num_tokens() > 0;
     const MoeStreamShape shape = draw_shape(world, kCulprit, epoch);
-    return has_tokens && rows_of(world, kCulprit, epoch) > 0 && shape.band_tiles == 1 && shape.lag_tiles == 0 &&
+    return has_tokens && busy_experts_of(world, kCulprit, epoch) > (waits_in_pull ? shape.ring.num_slots : 0) && shape.band_tiles == 1 && shape.lag_tiles == 0 &&
            Inputs{world, epoch, kCulprit}.num_tokens() == kMaxTokens;
   };
   while (!fits()) ++world.seed;
@@ -150,9 +153,10 @@ void run_call_in_vain(Call& call) {
 
 void run(World& world, const Scenario& scenario, uint64 hasty_ns) {
   const int64 epoch = kGoodCalls + 1;
-  draw_seed(world, epoch);
+  draw_seed(world, epoch, scenario.hasty == Fault::kItsPulls);
   run_good_calls(world, kGoodCalls);
-  world.fault = {scenario.kind, epoch, kCulprit, scenario.hasty, hasty_ns, scenario.combine_looks_late, scenario.abort_posts_slowly};
+  world.fault = {scenario.kind, epoch, kCulprit, scenario.hasty, hasty_ns, scenario.combine_looks_late, scenario.abort_posts_slowly,
+                 scenario.hasty == Fault::kItsPulls};
   on_all_ranks(world, [&](uint32 r) {
     Call call(world, r);
     run_bad_call(call, scenario);

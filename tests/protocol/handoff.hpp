@@ -24,11 +24,15 @@ struct Handoff {
   }
   // Item number `n`, by each consumer once.
   Item take(uint32 n) {
-    while (num_published.load(std::memory_order_acquire) <= n) wait_briefly();
+    while (!is_there(n)) wait_briefly();
     const Item item = slots[n % kSlots];
-    num_read[n % kSlots].fetch_add(1, std::memory_order_release);
+    give_back(n);
     return item;
   }
+  // By a consumer that keeps the slot for a while.
+  bool is_there(uint32 n) const { return num_published.load(std::memory_order_acquire) > n; }
+  const Item& look_at(uint32 n) const { return slots[n % kSlots]; }
+  void give_back(uint32 n) { num_read[n % kSlots].fetch_add(1, std::memory_order_release); }
 };
 
 }  // namespace protocol

@@ -69,7 +69,7 @@ MUTANTS = (
            "counters[slot].pulled = counters[slot].activated = counters[slot].finished = 0;", "races", (RACE, WRONG)),
     Mutant("last_slot_not_cleared", FLOW, "slot < ring.num_slots; slot +=", "slot + 1 < ring.num_slots; slot +=", "calls"),
     Mutant("tickets_not_cleared", FLOW, "*num_tickets = *num_finished = 0;", "*num_finished = 0;", "calls"),
-    Mutant("finished_warpgroups_not_cleared", FLOW, "*num_tickets = *num_finished = 0;", "*num_tickets = 0;", "calls"),
+    Mutant("finished_blocks_not_cleared", FLOW, "*num_tickets = *num_finished = 0;", "*num_tickets = 0;", "calls"),
     Mutant("generation_starts_early", TASKS, "return tile / num_slots;", "return (tile + 1) / num_slots;", "explore", (WRONG, 2)),
     # Claims and the end of a call.
     Mutant("ticket_gap", FLOW, "machine::add_relaxed_gpu(num_tickets, 1)", "machine::add_relaxed_gpu(num_tickets, 2)", "calls"),
@@ -104,6 +104,14 @@ MUTANTS = (
     Mutant("mark_of_later_calls_only", CALLS, ">= epoch; }", "> epoch; }", "refuses"),
     # What the roles owe to it.
     Mutant("rows_kept_back", ROLES, "flow_.is_free(place.tile) ? kPullBuffers - 1 : 0", "kPullBuffers - 1", "calls"),
+    Mutant("published_before_all_warpgroups_are_done", ROLES, "(n / kTaskSlots + 1) * kWarpgroups", "(n / kTaskSlots + 1) * kWarpgroups - 1",
+           "races", (RACE, WRONG)),
+    Mutant("published_for_one_warpgroup", ROLES, "std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups)", "1u", "calls",
+           (WRONG, HANG)),
+    Mutant("published_for_rows_that_are_not_there", ROLES,
+           "std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups)", "kWarpgroups", "races", (RACE, WRONG)),
+    Mutant("call_ended_before_all_is_published", ROLES, "while (!is_published_) {", "while (false) {", "calls", (WRONG, HANG)),
+    Mutant("nothing_published_while_waiting", ROLES, "block.poll_publisher();", "", "calls", (WRONG, HANG)),
     Mutant("combine_without_abort_words", ROLES, "&& !w.has_aborted(r);", ";", "loses_row_combine_late"),
     Mutant("combine_without_its_own_failure", ROLES, "is_good = is_good && !call_.calls.is_failed(w.epoch);", "", "loses_row_combine_late"),
 )

@@ -58,23 +58,24 @@ struct RankMemory {
 enum class FaultKind { kNone, kNeverStages, kAborts, kRefuses, kLosesRow, kSilentBeforeCombine };
 
 // Waits that a fault can give less time.
-enum class WaitKind { kPeers, kExperts, kFold };
+enum class WaitKind { kPeers, kExperts, kFold, kPull };
 
 // What goes wrong in one call, by one rank, and which waits end early in it.
 struct Fault {
   FaultKind kind = FaultKind::kNone;
   int64 epoch = 0;
   uint32 rank = 0;
-  enum Hasty { kNobody, kAllForPeers, kTheRank, kItsFolds } hasty = kNobody;
+  enum Hasty { kNobody, kAllForPeers, kTheRank, kItsPulls } hasty = kNobody;
   uint64 hasty_ns = 0;              // deadline of those
   bool combine_looks_late = false;  // for combine_ready: after that deadline
   bool abort_posts_slowly = false;
+  bool loses_first_row = false;     // instead of the last
 
   bool hits(FaultKind what, uint32 r, int64 e) const { return kind == what && rank == r && epoch == e; }
   bool makes_hasty(uint32 r, int64 e, WaitKind wait) const {
     if (e != epoch || hasty == kNobody) return false;
     if (hasty == kAllForPeers) return wait == WaitKind::kPeers;
-    return r == rank && (wait == WaitKind::kFold || (wait == WaitKind::kExperts && hasty == kTheRank));
+    return r == rank && (wait == WaitKind::kPull || (wait != WaitKind::kPeers && hasty == kTheRank));
   }
 };
 

@@ -158,7 +158,7 @@ def test_counters_and_sizes(monkeypatch):
     counters = rank.mega.counters
     assert (p.flow.counters, p.end.num_tickets) == (counters.data_ptr(), counters.data_ptr() + 4 * 4 * 1024)
     assert p.end.num_finished == p.end.num_tickets + 4 == counters.data_ptr() + counters.nbytes - 4
-    assert (p.end.num_expected, p.num_blocks) == (66 * 2, 66), "each of two math warpgroups of each block"
+    assert (p.end.num_expected, p.num_blocks) == (66, 66), "each block ends its part of the call"
     assert (p.flow.ring.num_slots, p.flow.ring.slot_rows) == (p.stream.ring.num_slots, p.stream.ring.slot_rows) == (16, 16)
     assert list(p.flow.row_blocks) == [2, 2]
     assert (p.symm.rank, p.symm.num_ranks, p.symm.base, list(p.symm.offsets[:2])) == (1, 2, rank.bytes.data_ptr(), [4096, 0])

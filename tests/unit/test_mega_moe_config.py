@@ -44,7 +44,7 @@ def test_shared_memory_of_one_config():
     stage = 13 * 1024 + 64 * 128  # 3 units of 4352 bytes rounded up to 1024, then the tokens
     gemm = 4 * (stage + 16) + 3 * 64 * (144 + 24) + 128 * 16 + 16 + 4 * (48 + 16)
     assert config.gemm_bytes == gemm
-    assert config.smem_bytes == -(-gemm // 128) * 128 + 2 * (7168 + 16)
+    assert config.smem_bytes == -(-gemm // 128) * 128 + 2 * (7168 + 16) + 4 * 8
     assert replace(config, has_down_bias=True).gemm_bytes == gemm + 4 * 192
     assert replace(config, pull_buffers=3).smem_bytes == config.smem_bytes + 7168 + 16
 

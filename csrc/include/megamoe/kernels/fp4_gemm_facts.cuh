@@ -46,8 +46,7 @@ struct SmemPlan {
   // banks.
   static constexpr uint32 kStagingPitch = 64 * 2 + 16;
   static constexpr uint32 kStagingBytes = kMaxTokens * kStagingPitch;
-  // Per token of a tile: scale and, beside a bias, row weight; per token and warp: the maximum that the warpgroup agrees on (swiglu).
-  static constexpr uint32 kTokenFloats = Config::kSwiglu ? 6 : Config::kHasBias ? 2 : 1;
+  static constexpr uint32 kTokenFloats = Config::kSwiglu ? 6 : Config::kScatter ? 4 : Config::kHasBias ? 2 : 1;  // TokenValues
 
   static constexpr uint32 kStaging = Config::kStages * kStageBytes;
   static constexpr uint32 kTokenValues = kStaging + Config::kMathWarpgroups * kStagingBytes;
@@ -57,6 +56,20 @@ struct SmemPlan {
   static constexpr uint32 kTileBarriers = kTiles + kTileSlots * sizeof(Tile);
   static constexpr uint32 kBarriers = kTileBarriers + TilePipeline::kBarrierBytes;
   static constexpr uint32 kBytes = kBarriers + Pipeline<Config::kStages>::kBarrierBytes;
+};
+
+// Where a warpgroup keeps values of its tile's tokens for the epilogue: rows of shared memory with a place for every token.
+template <class Config>
+struct TokenValues {
+  static constexpr uint32 kRowBytes = SmemPlan<Config>::kMaxTokens * 4;
+  uint32 scales;  // shared address; FP32, as all but the destinations
+
+  MEGAMOE_DEVICE TokenValues(uint32 base, uint32 warpgroup)
+      : scales(base + SmemPlan<Config>::kTokenValues + warpgroup * SmemPlan<Config>::kTokenFloats * kRowBytes) {}
+
+  MEGAMOE_DEVICE uint32 weights() const { return scales + kRowBytes; }
+  MEGAMOE_DEVICE uint32 maxima(uint32 warp) const { return scales + (2 + warp) * kRowBytes; }  // swiglu: what the warps agree on
+  MEGAMOE_DEVICE uint32 destinations() const { return scales + 2 * kRowBytes; }                // scatter: int64, two rows
 };
 
 // Named barriers; 0 is __syncthreads. Each of at most four math warpgroups has its own for its epilogue; kMathBarrier is for all of them.

@@ -8,16 +8,19 @@
 //     load tokens               pool -> stages                                   roles/mega_load.cuh
 //     math warpgroups           linear 1 + SwiGLU -> pool, linear 2 -> the source rank's partials   roles/mega_math.cuh
 //     fold (1 warp)             activated rows of the pool to one exponent       roles/mega_fold.cuh
+//     publish (fold warp)       what math has finished, to the other blocks      roles/mega_publish.cuh
 //     combine (math warps)      meet all ranks, sum the slots                    roles/mega_combine.cuh
 //
 // schedule/moe_tasks.cuh has the order of the tasks, sync/tile_flow.cuh the counters between the roles:
 //
-//     pull --pulled--> load tokens ==full==> math (linear 1) --activated--> fold --folded--> load tokens ==full==> math (linear 2)
-//       ^                                                                                                             |
-//       +---------------------------------------------finished--------------------------------------------------------+
-//     --x-->  counter in global memory, any block to any block          ==full==>  mbarrier of a stage, inside a block
+//     pull --pulled--> load tokens ==full==> math (linear 1) ==done==> publish --activated--> fold
+//       ^                                                                                       |
+//       |              load tokens <------------------------------------folded------------------+
+//       |                   +======full==> math (linear 2) ==done==> publish --finished--+
+//       +--------------------------------------------------------------------------------+
+//     --x-->  counter in global memory, any block to any block          ==x==>  mbarrier inside a block
 //
-// Ranks meet twice in a call: at inputs_ready (moe_stage -> moe_route) and at combine_ready (the last warpgroup of a rank -> combine).
+// Ranks meet twice in a call: at inputs_ready (moe_stage -> moe_route) and at combine_ready (the last block of a rank -> combine).
 #pragma once
 
 #include <megamoe/comm/call_state.cuh>
@@ -47,6 +50,16 @@ struct MegaMoeParams {
   TimelineBuffer timeline;   // unused unless Config::kTimeline
 };
 
+// One barrier per slot of the ring of tasks: all math warpgroups are done with the task. A slot is free when the task is published, so a
+// barrier never has arrivals of two tasks.
+struct DoneBarriers {
+  static constexpr uint32 kBytes = kTileSlots * 8;
+  static MEGAMOE_DEVICE uint32 of(uint32 done, uint32 slot) { return done + slot * 8; }
+  static MEGAMOE_DEVICE void init(uint32 done, uint32 num_warpgroups) {
+    for (uint32 slot = 0; slot < kTileSlots; ++slot) ptx::mbarrier_init(of(done, slot), num_warpgroups);
+  }
+};
+
 // Shared memory: that of the GEMM, then the rows in flight between ranks.
 template <class Config>
 struct MegaSmemPlan {
@@ -54,7 +67,8 @@ struct MegaSmemPlan {
   using PullPipeline = Pipeline<Config::kPullBuffers>;
   static constexpr uint32 kPullBuffers = round_up(Gemm::kBytes, 128);
   static constexpr uint32 kPullBarriers = kPullBuffers + Config::kPullBuffers * Config::kHidden;
-  static constexpr uint32 kBytes = kPullBarriers + PullPipeline::kBarrierBytes;
+  static constexpr uint32 kDone = kPullBarriers + PullPipeline::kBarrierBytes;
+  static constexpr uint32 kBytes = kDone + DoneBarriers::kBytes;
 };
 
 // What the roles of a block share.
@@ -80,6 +94,7 @@ struct MegaBlock {
 #include <megamoe/roles/mega_fold.cuh>
 #include <megamoe/roles/mega_load.cuh>
 #include <megamoe/roles/mega_math.cuh>
+#include <megamoe/roles/mega_publish.cuh>
 #include <megamoe/roles/mega_pull.cuh>
 
 namespace megamoe {
@@ -98,8 +113,9 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
 
   if (threadIdx.x == kMathWarps * 32) {
     Pipeline<Config::kStages>::init(base + Gemm::kBarriers, kMathWarps, 2);
-    TilePipeline::init(base + Gemm::kTileBarriers, kMathWarps + 1);
+    TilePipeline::init(base + Gemm::kTileBarriers, kMathWarps + 2);  // math, load tokens, publish
     Plan::PullPipeline::init(base + Plan::kPullBarriers, 1);
+    DoneBarriers::init(base + Plan::kDone, Config::kMathWarpgroups);
     ptx::fence_mbarrier_init();
   }
   table.build(p.linear[0].grouping, 1, threadIdx.x, Config::kThreads);
@@ -114,12 +130,12 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
     if (warp == kMathWarps && is_first_lane) mega_load_weights(block, slots, tiles.pipe);
     if (warp == kMathWarps + 1 && is_first_lane) mega_load_tokens(block, tiles);
     if (warp == kMathWarps + 2) mega_pull(block);
-    if (warp == kMathWarps + 3) mega_fold(block);
+    if (warp == kMathWarps + 3) mega_fold(block, tiles);
   } else {
     ptx::take_registers<Config::kMathRegisters>();
     auto timeline = block.timeline(kMathLane + warp / 4, threadIdx.x % 128 == 0);
     mega_math(block, tiles, warp / 4, timeline);
-    mega_combine(block, warp / 4, timeline);
+    mega_combine(block, timeline);
   }
 }
 

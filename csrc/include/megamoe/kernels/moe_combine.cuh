@@ -29,16 +29,11 @@ MEGAMOE_DEVICE bool meet_peers(const MoeCombineParams& p) {
   return __syncthreads_and(is_good);
 }
 
-// Grid: any number of blocks of at least Symm::kMaxRanks threads. One thread makes 16 bytes of y.
+// Grid: any number of blocks of at least Symm::kMaxRanks threads. One thread makes 32 bytes of y at once.
 template <class Layout, class Config>
 MEGAMOE_DEVICE void moe_combine(const MoeCombineParams& p) {
-  constexpr uint32 kVectors = Config::kHidden / 8, kNan = 0x7fc07fc0;
   const bool is_good = meet_peers<Layout>(p);
-  const uint64 num_vectors = uint64(p.num_tokens) * kVectors;
-  for (uint64 i = uint64(blockIdx.x) * blockDim.x + threadIdx.x; i < num_vectors; i += uint64(gridDim.x) * blockDim.x) {
-    const uint32 token = i / kVectors, vector = i % kVectors;
-    reinterpret_cast<uint4*>(p.y)[i] = is_good ? sum_of_slots<Layout, Config>(p.symm, token, vector) : make_uint4(kNan, kNan, kNan, kNan);
-  }
+  sum_tokens<Layout, Config>(p.symm, p.y, p.num_tokens, is_good, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
 }  // namespace megamoe

@@ -36,18 +36,4 @@ MEGAMOE_DEVICE bool barrier_all(uint32 id, bool predicate) {
   return r != 0;
 }
 
-template <uint32 kThreads>
-MEGAMOE_DEVICE bool barrier_any(uint32 id, bool predicate) {
-  uint32 r;
-  asm volatile(
-      "{.reg .pred p, q;\n"
-      "setp.ne.u32 p, %1, 0;\n"
-      "barrier.red.or.pred q, %2, %3, p;\n"
-      "selp.u32 %0, 1, 0, q;}"
-      : "=r"(r)
-      : "r"(static_cast<uint32>(predicate)), "r"(id), "n"(kThreads)
-      : "memory");
-  return r != 0;
-}
-
 }  // namespace megamoe::ptx

@@ -27,6 +27,14 @@ MEGAMOE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Copies of 4 or 8 bytes to shared memory by the thread that issues them, which sees them after copy_async_wait.
+template <uint32 kBytes>
+MEGAMOE_DEVICE void copy_async(uint32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
+
+MEGAMOE_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Addresses and size are multiples of 16 bytes.
 MEGAMOE_DEVICE void bulk_load(uint32 destination, const void* source, uint32 num_bytes, uint32 barrier, uint64 policy) {
   asm volatile(

@@ -35,6 +35,11 @@ MEGAMOE_DEVICE void compute_tiles(TileWalk<Config>& walk) {
 #pragma unroll 1
   while (has_next) {
     const EpilogueTile where(walk.p, walk.tile, walk.row_block());
+    const TokenValues<Config> values(walk.reader.base, walk.reader.warpgroup);
+    if constexpr (Config::kSwiglu)
+      where.template fetch_weights<kTokens>(walk.p, values.weights());
+    else
+      fetch_store_inputs<Config, kTokens>(walk.p, where, values);
     accumulator.run(walk.reader, walk.tile.num_k);
     const uint32 num_contributors = walk.tile.num_contributors, is_owner = walk.tile.is_owner;
     walk.next();
@@ -50,6 +55,7 @@ MEGAMOE_DEVICE void compute_tiles(TileWalk<Config>& walk) {
       swiglu_epilogue<Config, kTokens>(accumulator.totals, walk.p, where, walk.reader.base, walk.reader.warpgroup);
     else
       store_epilogue<Config, kTokens>(accumulator.totals, walk.p, where, walk.reader.base, walk.reader.warpgroup);
+    if constexpr (Config::kScatter) ptx::barrier_sync<128>(kEpilogueBarrier + walk.reader.warpgroup);  // destinations are read to the end
   }
 }
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <megamoe/fold_codes.cuh>
-#include <megamoe/kernels/mega_moe.cuh>
+#include <megamoe/roles/mega_publish.cuh>
 
 namespace megamoe {
 
@@ -13,7 +13,7 @@ namespace megamoe {
 template <class Config>
 MEGAMOE_DEVICE uint32 fold_row(uint8* codes, const uint8* sf, uint32 lane) {
   constexpr uint32 kGroups = Config::kIntermediate / 32, kVectors = Config::kIntermediate / 16;
-  constexpr uint32 kInFlight = min_of(ceil_div(kVectors, 32), 4);
+  constexpr uint32 kPerLane = ceil_div(kVectors, 32), kInFlight = ceil_div(kPerLane, ceil_div(kPerLane, 3));  // 4 would spill
   auto* vectors = reinterpret_cast<uint4*>(codes);
   uint4 v[kInFlight];
 #pragma unroll
@@ -42,10 +42,28 @@ MEGAMOE_DEVICE uint32 fold_row(uint8* codes, const uint8* sf, uint32 lane) {
   return largest;
 }
 
+// Waits as a CallWatch, with the publisher at work meanwhile.
 template <class Layout, class Config>
-MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block) {
+struct PublishingWatch {
+  const CallWatch<Layout>& watch;
+  TaskPublisher<Config>& publisher;
+  const Symm& symm;
+
+  template <class Poll>
+  MEGAMOE_DEVICE bool wait(uint32 peer, Poll poll) const {
+    return watch.wait(peer, [&](int64& got) {
+      publisher.poll();
+      return poll(got);
+    });
+  }
+};
+
+template <class Layout, class Config>
+MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block, TileReader tiles) {
   const MegaMoeParams& p = block.p;
   const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
+  TaskPublisher<Config> publisher{p, tiles, block.base + MegaSmemPlan<Config>::kDone};
+  const PublishingWatch<Layout, Config> publishing{watch, publisher, p.symm};
   const uint32 lane = threadIdx.x % 32;
   auto timeline = block.timeline(kFoldLane, lane == 0);
 #pragma unroll 1
@@ -53,7 +71,7 @@ MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block) {
     const RowPlace place = place_of(row, block.table);
     const uint64 pool_row = p.stream.ring.first_row(place.tile) + place.idx;
     timeline.begin();
-    if (lane == 0) p.flow.wait_activated(place.tile, watch);
+    if (lane == 0) p.flow.wait_activated(place.tile, publishing);
     __syncwarp();
     timeline.mark(SpanKind::kFoldWait, place.tile, place.idx);
     const uint8* sf = p.linear[0].a_sf + pool_row * (Config::kIntermediate / 32);
@@ -64,6 +82,9 @@ MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block) {
     if (lane == 0) p.flow.publish_folded(place);
     timeline.mark(SpanKind::kFold, place.tile, place.idx);
   }
+  while (lane == 0 && !publisher.is_over) publisher.poll();
+  __syncwarp();
+  end_call(block, watch.epoch);
 }
 
 }  // namespace megamoe

@@ -7,51 +7,77 @@
 
 namespace megamoe {
 
-// The next task is claimed when so many blocks of K of the current one are left to load: early enough to hide the atomic's way to L2 and
-// back, late enough not to keep a task from a block that is idle.
-constexpr uint32 kClaimAhead = 4;
+// The next task is claimed and handed over when so many blocks of K of the current one are left to load: early enough that neither the
+// atomic's way to L2 nor the search is between two tasks, where math waited 1 to 4 us for them (H200, 2026-11-21); late enough not to keep
+// a task from a block that is idle.
+constexpr uint32 kClaimAhead = 6, kHandOverAhead = 4;
 
-// Streams the weights of one task; returns the number of the block's next task.
+// Hands the block's tasks over to its roles.
 template <class Config>
-MEGAMOE_DEVICE uint32 load_task_weights(const MegaMoeParams& p, const Tile& tile, uint32 base, Pipeline<Config::kStages>& pipe) {
+struct TaskFeed {
+  const CallEnd& end;
+  MoeTaskStream<Config> stream;
+  Tile* slots;
+  TilePipeline pipe;
+  uint32 ticket;
+
+  MEGAMOE_DEVICE void claim() { ticket = end.claim(); }
+  // Returns the task; without tokens it is the end. It stays in its slot until kTileSlots - 1 more have been handed over.
+  MEGAMOE_DEVICE const Tile* hand_over() {
+    Tile tile;
+    if (!stream.find(ticket, tile)) tile.num_tokens = 0;
+    pipe.acquire();
+    Tile* slot = slots + pipe.stage;
+    *slot = tile;
+    pipe.publish();
+    pipe.advance();
+    return slot;
+  }
+};
+
+// Streams the weights of a task for blocks [first, last) of its K.
+template <class Config>
+MEGAMOE_DEVICE void load_weights(const MegaMoeParams& p, const Tile& tile, uint32 first, uint32 last, uint32 base,
+                                 Pipeline<Config::kStages>& pipe) {
   constexpr uint32 kUnitBytes = sm90::WeightUnit::kBytes;
   const Fp4GemmParams& linear = p.linear[tile.linear];
   const uint32 first_block = tile.row_tile * Config::kMathWarpgroups;
   const uint32 num_blocks = min_of(Config::kMathWarpgroups, linear.num_row_blocks - first_block);
   const uint64 row_block_bytes = uint64(tile.num_k) * kUnitBytes;
-  const uint8* weights = linear.w_blocks + (uint64(tile.group) * linear.num_row_blocks + first_block) * row_block_bytes;
+  const uint8* weights =
+      linear.w_blocks + (uint64(tile.group) * linear.num_row_blocks + first_block) * row_block_bytes + first * kUnitBytes;
   const uint64 policy = tile.is_only_reader ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-  const uint32 claim_at = tile.num_k > kClaimAhead ? tile.num_k - kClaimAhead : 0;
-  uint32 next = 0;
-  for (uint32 k = 0; k < tile.num_k; ++k, pipe.advance(), weights += kUnitBytes) {
-    if (k == claim_at) next = p.end.claim();
+#pragma unroll 1
+  for (uint32 k = first; k < last; ++k, pipe.advance(), weights += kUnitBytes) {
     pipe.acquire(num_blocks * kUnitBytes);
     const uint32 stage = base + pipe.stage * SmemPlan<Config>::kStageBytes;
 #pragma unroll
     for (uint32 i = 0; i < Config::kMathWarpgroups; ++i)
       if (i < num_blocks) ptx::bulk_load(stage + i * kUnitBytes, weights + i * row_block_bytes, kUnitBytes, pipe.full(), policy);
   }
-  return next;
 }
 
 template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_load_weights(const MegaBlock<Layout, Config>& block, Tile* slots, TilePipeline tiles) {
   Pipeline<Config::kStages> pipe(block.base + SmemPlan<Config>::kBarriers);
-  MoeTaskStream<Config> stream(block.table, block.p.stream);
+  TaskFeed<Config> feed{block.p.end, MoeTaskStream<Config>(block.table, block.p.stream), slots, tiles};
   auto timeline = block.timeline(kWeightsLane, true);
-  uint32 ticket = block.p.end.claim();
-  for (bool is_valid = true; is_valid; tiles.advance()) {
-    Tile tile;
-    is_valid = stream.find(ticket, tile);
-    if (!is_valid) tile.num_tokens = 0;  // the end
-    tiles.acquire();
-    slots[tiles.stage] = tile;
-    tiles.publish();
-    if (is_valid) {
-      timeline.begin();
-      ticket = load_task_weights<Config>(block.p, tile, block.base, pipe);
-      timeline.mark(SpanKind::kWeights, tile);
+  feed.claim();
+  const Tile* task = feed.hand_over();
+  while (task->num_tokens > 0) {
+    const Tile* next = nullptr;
+    timeline.begin();
+    // One copy of the loop, and all it needs read from the slot again: a search among live loop variables would not fit the registers.
+#pragma unroll 1
+    for (uint32 part = 0, k = 0; part < 3; ++part) {
+      const uint32 left = part == 0 ? kClaimAhead : part == 1 ? kHandOverAhead : 0, until = task->num_k > left ? task->num_k - left : 0;
+      load_weights<Config>(block.p, *task, k, until, block.base, pipe);
+      k = until;
+      if (part == 0) feed.claim();
+      if (part == 1) next = feed.hand_over();
     }
+    timeline.mark(SpanKind::kWeights, *task);
+    task = next;
   }
 }
 

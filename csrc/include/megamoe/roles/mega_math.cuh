@@ -16,9 +16,16 @@ struct TaskWalk {
   StageReader<Config> reader;
   TileReader tiles;
   Timeline<Config::kTimeline>& timeline;
-  Tile task;  // the current one
+  uint32 done;    // shared address of DoneBarriers
+  uint32 slot;    // of the current task
+  Tile task;      // the current one
 
-  MEGAMOE_DEVICE void next() { task = tiles.next(); }
+  MEGAMOE_DEVICE void next() {
+    slot = tiles.pipe.stage;
+    task = tiles.next();
+  }
+  // Behind a barrier of the warpgroup, by one thread.
+  MEGAMOE_DEVICE void say_done(uint32 of_slot) const { ptx::mbarrier_arrive(DoneBarriers::of(done, of_slot)); }
   MEGAMOE_DEVICE bool is_valid() const { return task.num_tokens > 0; }
   MEGAMOE_DEVICE const Fp4GemmParams& linear() const { return p.linear[task.linear]; }
   MEGAMOE_DEVICE uint32 row_block() const { return task.row_tile * Config::kMathWarpgroups + reader.warpgroup; }
@@ -26,25 +33,19 @@ struct TaskWalk {
   MEGAMOE_DEVICE bool takes(uint32 token_tile_idx) const { return is_valid() && task.token_tile_idx == token_tile_idx && has_rows(); }
 };
 
-// What a task computed goes to the pool or to the source ranks, and is published.
+// What a task computed goes to the pool or to the source ranks.
 template <class Config, uint32 kTokens>
-MEGAMOE_DEVICE void finish_task(float (&totals)[kTokens / 2], const MegaMoeParams& p, const EpilogueTile& where, uint32 linear,
-                                uint32 number, uint32 base, uint32 warpgroup) {
+MEGAMOE_DEVICE void finish_task(float (&totals)[kTokens / 2], const MegaMoeParams& p, const EpilogueTile& where, uint32 linear, uint32 base,
+                                uint32 warpgroup) {
   if (linear == 0)
     swiglu_epilogue<Config, kTokens>(totals, p.linear[0], where, base, warpgroup);
   else
     store_epilogue<Config, kTokens>(totals, p.linear[1], where, base, warpgroup);
   ptx::barrier_sync<128>(kEpilogueBarrier + warpgroup);
-  if (where.thread() == 0) {
-    if (linear == 0)
-      p.flow.publish_activated(number);
-    else
-      p.flow.publish_finished(number);
-  }
 }
 
 // Computes tasks as long as their tiles have this size. The first block of the next task is expanded before the epilogue if it is there by
-// then. It must not be waited for: it may depend on what this epilogue publishes, or on another block that waits in the same way.
+// then. It must not be waited for: it may depend on what this epilogue leaves to be published, or on another block that waits in the same way.
 template <class Config, uint32 kIdx>
 MEGAMOE_DEVICE void compute_tasks(TaskWalk<Config>& walk) {
   constexpr uint32 kTokens = Config::TokenTiles::at(kIdx);
@@ -55,14 +56,20 @@ MEGAMOE_DEVICE void compute_tasks(TaskWalk<Config>& walk) {
 #pragma unroll 1
   while (has_next) {
     const EpilogueTile where(walk.linear(), walk.task, walk.row_block());
+    const TokenValues<Config> values(walk.reader.base, walk.reader.warpgroup);
+    if (walk.task.linear == 0)
+      where.template fetch_weights<kTokens>(walk.p.linear[0], values.weights());
+    else
+      fetch_store_inputs<Config, kTokens>(walk.p.linear[1], where, values);
     accumulator.run(walk.reader, walk.task.num_k);
     walk.timeline.mark(SpanKind::kMainLoop, walk.task);
-    const uint32 linear = walk.task.linear, number = walk.task.number;
+    const uint32 linear = walk.task.linear, number = walk.task.number, slot = walk.slot;
     walk.next();
     has_next = walk.takes(kIdx);
     const bool begins_now = has_next && walk.reader.is_ready();
     if (begins_now) accumulator.begin(walk.reader);
-    finish_task<Config, kTokens>(accumulator.totals, walk.p, where, linear, number, walk.reader.base, walk.reader.warpgroup);
+    finish_task<Config, kTokens>(accumulator.totals, walk.p, where, linear, walk.reader.base, walk.reader.warpgroup);
+    if (where.thread() == 0) walk.say_done(slot);
     walk.timeline.mark(SpanKind::kEpilogue, number, where.row_block / Config::kMathWarpgroups, linear);
     if (has_next && !begins_now) {
       accumulator.begin(walk.reader);
@@ -89,7 +96,7 @@ MEGAMOE_DEVICE void mega_math(const MegaBlock<Layout, Config>& block, TileReader
                               Timeline<Config::kTimeline>& timeline) {
   const Pipeline<Config::kStages> ring(block.base + SmemPlan<Config>::kBarriers);
   StageReader<Config> reader{ring, ring, block.base, warpgroup, threadIdx.x % 128};
-  TaskWalk<Config> walk{block.p, reader, tiles, timeline};
+  TaskWalk<Config> walk{block.p, reader, tiles, timeline, block.base + MegaSmemPlan<Config>::kDone};
   walk.next();
 #pragma unroll 1
   while (walk.is_valid()) {
@@ -98,6 +105,7 @@ MEGAMOE_DEVICE void mega_math(const MegaBlock<Layout, Config>& block, TileReader
     } else {
       skip_tile<Config>(walk.reader, walk.task.num_k);
       timeline.mark(SpanKind::kSkippedTask, walk.task);
+      if (threadIdx.x % 128 == 0) walk.say_done(walk.slot);
       walk.next();
     }
   }

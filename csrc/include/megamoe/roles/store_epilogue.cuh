@@ -40,93 +40,81 @@ struct EpilogueTile {
   // 2^(row_base - 114): what the main loop's exponents leave out (formats/layout_sm90.py).
   MEGAMOE_DEVICE float row_scale(uint32 half) const { return exponent_to_float(row_bases[half] + 127 - 114); }
 
-  // Writes value(i) for the tile's tokens i, this thread's share, to a row of floats in shared memory.
-  template <uint32 kTokens, class Value>
-  MEGAMOE_DEVICE void share(uint32 row, Value value) const {
-#pragma unroll
-    for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i)
-      if (thread() + i * 128 < kTokens) ptx::st_shared_float(row + (thread() + i * 128) * 4, value(i));
+  // Starts to copy the tokens' row weights, or their destinations, to a row of shared memory that no thread of the warpgroup reads any more.
+  template <uint32 kTokens>
+  MEGAMOE_DEVICE void fetch_weights(const Fp4GemmParams& p, uint32 row) const {
+    for_my_tokens<kTokens>([&](uint32 token, uint32) {
+      if (p.row_weight == nullptr)
+        ptx::st_shared_float(row + token * 4, 1.0f);
+      else if (token < num_tokens)
+        ptx::copy_async<4>(row + token * 4, p.row_weight + first_row + token);
+    });
   }
-
-  // Of token thread + 128 i.
-  MEGAMOE_DEVICE float row_weight(const Fp4GemmParams& p, uint32 i) const {
-    const uint32 token = thread() + 128 * i;
-    return p.row_weight != nullptr && token < num_tokens ? p.row_weight[first_row + token] : 1.0f;
+  template <uint32 kTokens>
+  MEGAMOE_DEVICE void fetch_destinations(const Fp4GemmParams& p, uint32 row) const {
+    for_my_tokens<kTokens>([&](uint32 token, uint32) {
+      if (token < num_tokens) ptx::copy_async<8>(row + token * 8, p.row_dst + first_row + token);
+    });
   }
 
   template <uint32 kTokens>
-  MEGAMOE_DEVICE void share_token_scales(uint32 row) const {
-    share<kTokens>(row, [&](uint32 i) { return exponent_to_float(token_exponents[i]); });
+  MEGAMOE_DEVICE void share_scales(uint32 row) const {
+    for_my_tokens<kTokens>([&](uint32 token, uint32 i) { ptx::st_shared_float(row + token * 4, exponent_to_float(token_exponents[i])); });
+  }
+
+ private:
+  // visit(token, i) for tokens thread + 128 i.
+  template <uint32 kTokens, class Visit>
+  static MEGAMOE_DEVICE void for_my_tokens(Visit visit) {
+#pragma unroll
+    for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i)
+      if (thread() + i * 128 < kTokens) visit(thread() + i * 128, i);
   }
 };
 
-// The warpgroup's share of the output: 16-byte pieces, 8 threads on the 128 bytes of a token. A thread has the same piece of each of its
-// tokens. `for_each(staging, pitch, copy)` calls copy(staging address, output pointer) for each piece that exists.
-template <class Config, uint32 kTokens, bool kIsScattered = Config::kScatter>
-struct OutputPieces {
-  const Fp4GemmParams& p;
-  const EpilogueTile& tile;
-
-  MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile) : p(p), tile(tile) {}
-
-  template <class Copy>
-  MEGAMOE_DEVICE void for_each(uint32 staging, uint32 pitch, Copy copy) const {
-    const uint32 piece = tile.thread() % 8, channel = tile.row_block * 64 + piece * 8;
+// Calls copy(staging address, output pointer) for each piece of the warpgroup's output: 16 bytes, 8 threads on the 128 bytes of a token. A
+// thread has the same piece of each of its tokens.
+template <class Config, uint32 kTokens, class Copy>
+MEGAMOE_DEVICE void for_each_piece(const Fp4GemmParams& p, const EpilogueTile& tile, uint32 staging, uint32 destinations, Copy copy) {
+  const uint32 piece = tile.thread() % 8, channel = tile.row_block * 64 + piece * 8;
 #pragma unroll
-    for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
-      const uint32 token = i * 16 + tile.thread() / 8;
-      if (token < tile.num_tokens && channel < p.n)
-        copy(staging + token * pitch + piece * 16, p.out + uint64(tile.first_row + token) * p.n + channel);
+  for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
+    const uint32 token = i * 16 + tile.thread() / 8;
+    if (token >= tile.num_tokens || channel >= p.n) continue;
+    const uint32 from = staging + token * SmemPlan<Config>::kStagingPitch + piece * 16;
+    if constexpr (Config::kScatter) {
+      const ptx::Words2 row = ptx::ld_shared_64(destinations + token * 8);  // 0: nowhere
+      if ((row.x | row.y) != 0) copy(from, reinterpret_cast<Bf16*>(uint64(row.y) << 32 | row.x) + channel);
+    } else {
+      copy(from, p.out + uint64(tile.first_row + token) * p.n + channel);
     }
   }
-};
+}
 
-// Rows that lie where row_dst says: the addresses are fetched together, before the pieces are there.
+// Starts to bring what the epilogue reads from global memory, before the main loop, to hide the latency behind it.
 template <class Config, uint32 kTokens>
-struct OutputPieces<Config, kTokens, true> {
-  Bf16* pointers[ceil_div(kTokens, 16)];  // null: no such token, no place for it, or its channels are padding
-
-  MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile) {
-    const uint32 channel = tile.row_block * 64 + tile.thread() % 8 * 8;
-#pragma unroll
-    for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
-      const uint32 token = i * 16 + tile.thread() / 8;
-      pointers[i] = nullptr;
-      if (token < tile.num_tokens && channel < p.n) {
-        const int64 row = ptx::ld_relaxed_gpu(p.row_dst + tile.first_row + token);
-        pointers[i] = row == 0 ? nullptr : reinterpret_cast<Bf16*>(row) + channel;
-      }
-    }
-  }
-
-  template <class Copy>
-  MEGAMOE_DEVICE void for_each(uint32 staging, uint32 pitch, Copy copy) const {
-#pragma unroll
-    for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
-      const uint32 token = i * 16 + EpilogueTile::thread() / 8;
-      if (pointers[i] != nullptr) copy(staging + token * pitch + EpilogueTile::thread() % 8 * 16, pointers[i]);
-    }
-  }
-};
+MEGAMOE_DEVICE void fetch_store_inputs(const Fp4GemmParams& p, const EpilogueTile& tile, const TokenValues<Config>& values) {
+  if constexpr (Config::kHasBias) tile.fetch_weights<kTokens>(p, values.weights());
+  if constexpr (Config::kScatter) tile.fetch_destinations<kTokens>(p, values.destinations());
+}
 
 template <class Config, uint32 kTokens>
 MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base,
                                     uint32 warpgroup) {
   using Plan = SmemPlan<Config>;
   const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
-  const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * Plan::kMaxTokens * 4;
-  const uint32 weights = scales + Plan::kMaxTokens * 4, biases = base + Plan::kBiases + warpgroup * 64 * 4;
-  const uint32 barrier = kEpilogueBarrier + warpgroup;
-  tile.share_token_scales<kTokens>(scales);
+  const TokenValues<Config> values(base, warpgroup);
+  const uint32 biases = base + Plan::kBiases + warpgroup * 64 * 4, barrier = kEpilogueBarrier + warpgroup;
+  tile.share_scales<kTokens>(values.scales);
   if constexpr (Config::kHasBias) {
-    tile.share<kTokens>(weights, [&](uint32 i) { return tile.row_weight(p, i); });
     const uint32 row = tile.row_block * 64 + tile.thread();
     if (tile.thread() < 64) ptx::st_shared_float(biases + tile.thread() * 4, row < p.n ? p.bias[uint64(tile.group) * p.n + row] : 0.0f);
   }
-  // After this barrier the scales are there and the warpgroup has finished reading the staging of its last tile.
+  ptx::copy_async_wait();
+  // After this barrier the tokens' values are there and the warpgroup has finished reading the staging of its last tile.
   ptx::barrier_sync<128>(barrier);
   if constexpr (Config::kAccumulate) {
-    OutputPieces<Config, kTokens>(p, tile).for_each(staging, Plan::kStagingPitch, [](uint32 to, const Bf16* from) {
+    for_each_piece<Config, kTokens>(p, tile, staging, values.destinations(), [](uint32 to, const Bf16* from) {
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       ptx::st_shared_128(to, {v.x, v.y, v.z, v.w});
     });
@@ -149,7 +137,7 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
     ptx::Words2 pairs[kBatch];
 #pragma unroll
     for (uint32 i = 0; i < kBatch; ++i)
-      if (first + i < kTokens / 8) pairs[i] = ptx::ld_shared_64(scales + (8 * (first + i) + 2 * tile.lane_in_group()) * 4);
+      if (first + i < kTokens / 8) pairs[i] = ptx::ld_shared_64(values.scales + (8 * (first + i) + 2 * tile.lane_in_group()) * 4);
 #pragma unroll
     for (uint32 i = 0; i < kBatch; ++i) {
       const uint32 j = first + i, row = matrix_row + j * 8 * Plan::kStagingPitch;
@@ -158,7 +146,7 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
       float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1,
                     totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
       if constexpr (Config::kHasBias) {
-        const ptx::Words2 w = ptx::ld_shared_64(weights + (8 * j + 2 * tile.lane_in_group()) * 4);
+        const ptx::Words2 w = ptx::ld_shared_64(values.weights() + (8 * j + 2 * tile.lane_in_group()) * 4);
         const float w0 = __uint_as_float(w.x), w1 = __uint_as_float(w.y);
         v[0] += w0 * bias[0], v[1] += w1 * bias[0], v[2] += w0 * bias[1], v[3] += w1 * bias[1];
       }
@@ -169,9 +157,8 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
       ptx::stmatrix_x2_trans(row, ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
     }
   }
-  const OutputPieces<Config, kTokens> pieces(p, tile);
   ptx::barrier_sync<128>(barrier);
-  pieces.for_each(staging, Plan::kStagingPitch, [](uint32 from, Bf16* to) {
+  for_each_piece<Config, kTokens>(p, tile, staging, values.destinations(), [](uint32 from, Bf16* to) {
     const ptx::Words4 v = ptx::ld_shared_128(from);
     *reinterpret_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w);
   });

@@ -36,19 +36,18 @@ template <class Config, uint32 kTokens>
 MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmParams& p, const EpilogueTile& tile, uint32 base,
                                      uint32 warpgroup) {
   using Plan = SmemPlan<Config>;
-  constexpr uint32 kChannels = 32, kRowBytes = Plan::kMaxTokens * 4, kPitch = 48;  // 48: 16-byte rows whose bytes spread over the banks
+  constexpr uint32 kChannels = 32, kPitch = 48;  // 48: 16-byte rows whose bytes spread over the banks
   const uint32 staging = base + Plan::kStaging + warpgroup * Plan::kStagingBytes;
-  const uint32 scales = base + Plan::kTokenValues + warpgroup * Plan::kTokenFloats * kRowBytes;
-  const uint32 weights = scales + kRowBytes, maxima = scales + 2 * kRowBytes;
+  const TokenValues<Config> values(base, warpgroup);
   const uint32 barrier = kEpilogueBarrier + warpgroup;
-  tile.share_token_scales<kTokens>(scales);
-  tile.share<kTokens>(weights, [&](uint32 i) { return tile.row_weight(p, i); });
+  tile.share_scales<kTokens>(values.scales);
   float gate_bias = 0.0f, up_bias = 0.0f;
   if (p.bias != nullptr) {
     const uint32 row = tile.row_block * 64 + tile.warp() * 16 + tile.lane_group();
     gate_bias = p.bias[uint64(tile.group) * p.n + row];
     up_bias = p.bias[uint64(tile.group) * p.n + row + 8];
   }
+  ptx::copy_async_wait();  // the row weights
   ptx::barrier_sync<128>(barrier);
 
   const float gate_scale = tile.row_scale(0), up_scale = tile.row_scale(1);
@@ -56,7 +55,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
 #pragma unroll
   for (uint32 j = 0; j < kTokens / 8; ++j) {
     const uint32 offset = (8 * j + 2 * tile.lane_in_group()) * 4;
-    const ptx::Words2 s = ptx::ld_shared_64(scales + offset), w = ptx::ld_shared_64(weights + offset);
+    const ptx::Words2 s = ptx::ld_shared_64(values.scales + offset), w = ptx::ld_shared_64(values.weights() + offset);
     float largest[2];
 #pragma unroll
     for (uint32 i = 0; i < 2; ++i) {
@@ -68,8 +67,8 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
       for (uint32 step = 4; step < 32; step *= 2) largest[i] = fmaxf(largest[i], __shfl_xor_sync(~0u, largest[i], step));
     }
     if (tile.lane_group() == 0) {
-      ptx::st_shared_float(maxima + tile.warp() * kRowBytes + offset, largest[0]);
-      ptx::st_shared_float(maxima + tile.warp() * kRowBytes + offset + 4, largest[1]);
+      ptx::st_shared_float(values.maxima(tile.warp()) + offset, largest[0]);
+      ptx::st_shared_float(values.maxima(tile.warp()) + offset + 4, largest[1]);
     }
   }
   ptx::barrier_sync<128>(barrier);
@@ -81,9 +80,9 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
     if (token < kTokens) {
       float amax = 0.0f;
 #pragma unroll
-      for (uint32 warp = 0; warp < 4; ++warp) amax = fmaxf(amax, ptx::ld_shared_float(maxima + warp * kRowBytes + token * 4));
+      for (uint32 warp = 0; warp < 4; ++warp) amax = fmaxf(amax, ptx::ld_shared_float(values.maxima(warp) + token * 4));
       const uint32 e = ceil_exponent(amax);
-      ptx::st_shared_float(scales + token * 4, exponent_to_float(254 - e));
+      ptx::st_shared_float(values.scales + token * 4, exponent_to_float(254 - e));
       if (token < tile.num_tokens) p.a_sf[uint64(tile.first_row + token) * (p.n / 64) + tile.row_block] = e;
     }
   }
@@ -93,7 +92,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
 #pragma unroll
   for (uint32 j = 0; j < kTokens / 8; ++j) {
     const uint32 token = 8 * j + 2 * tile.lane_in_group();
-    const ptx::Words2 inverse = ptx::ld_shared_64(scales + token * 4);
+    const ptx::Words2 inverse = ptx::ld_shared_64(values.scales + token * 4);
     const uint32 codes = ptx::pack_e4m3(scaled_for_e4m3(totals[4 * j], __uint_as_float(inverse.x)),
                                         scaled_for_e4m3(totals[4 * j + 1], __uint_as_float(inverse.y)));
     ptx::st_shared_byte(staging + token * kPitch + channel, codes & 0xff);

@@ -31,9 +31,13 @@ struct TileFlow {
 
   // Publications, by one thread behind a barrier with those whose writes they publish.
   MEGAMOE_DEVICE void publish_pulled(RowPlace row) const { machine::add_release_gpu(&of(row.tile).pulled, share_of(row)); }
-  MEGAMOE_DEVICE void publish_activated(uint32 tile) const { machine::add_release_gpu(&of(tile).activated, 1); }
+  MEGAMOE_DEVICE void publish_activated(uint32 tile, uint32 num_row_blocks) const {
+    machine::add_release_gpu(&of(tile).activated, num_row_blocks);
+  }
   MEGAMOE_DEVICE void publish_folded(RowPlace row) const { machine::add_release_gpu(&of(row.tile).folded, share_of(row)); }
-  MEGAMOE_DEVICE void publish_finished(uint32 tile) const { machine::add_release_gpu(&of(tile).finished, 1); }
+  MEGAMOE_DEVICE void publish_finished(uint32 tile, uint32 num_row_blocks) const {
+    machine::add_release_gpu(&of(tile).finished, num_row_blocks);
+  }
 
   // Waits, by one thread, which acquires for itself. They return in any case; after a failure what they waited for may be missing.
   template <class Watch>
@@ -76,17 +80,17 @@ struct TileFlow {
   }
 };
 
-// How a rank's blocks end a call: each of their math warpgroups says when it has finished its tasks; the last one tells all ranks
-// (combine_ready) and clears the counters.
+// How a rank's blocks end a call: each says when it has published all its tasks; the last one tells all ranks (combine_ready) and clears the
+// counters.
 struct CallEnd {
   uint32* num_tickets;   // tasks claimed; 0 between calls
-  uint32* num_finished;  // math warpgroups; 0 between calls
-  uint32 num_expected;   // math warpgroups of all blocks of the rank
+  uint32* num_finished;  // blocks; 0 between calls
+  uint32 num_expected;   // blocks of the rank
 
   MEGAMOE_DEVICE uint32 claim() const { return machine::add_relaxed_gpu(num_tickets, 1); }
 
-  // By one thread of a warpgroup, behind a barrier with the others. True for the last one: it has acquired all that any of them stored, and
-  // no thread of the rank will claim, wait or publish any more in this call.
+  // By one thread of a block, which has seen the end of all other roles' tasks. True for the last one: it has acquired all that any of them
+  // stored, and no thread of the rank will claim, wait or publish any more in this call.
   MEGAMOE_DEVICE bool finish() const { return machine::add_acq_rel_gpu(num_finished, 1) + 1 == num_expected; }
   MEGAMOE_DEVICE void clear() const { *num_tickets = *num_finished = 0; }
 };
