@@ -51,24 +51,46 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   ptx::barrier_sync<128>(barrier);
 
   const float gate_scale = tile.row_scale(0), up_scale = tile.row_scale(1);
-  // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens.
+  // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens. In
+  // batches: shared accesses stay in program order, and eight tokens at a time would expose the latency of the whole chain to the maximum.
+  constexpr uint32 kBatch = 4;
 #pragma unroll
-  for (uint32 j = 0; j < kTokens / 8; ++j) {
-    const uint32 offset = (8 * j + 2 * tile.lane_in_group()) * 4;
-    const ptx::Words2 s = ptx::ld_shared_64(values.scales + offset), w = ptx::ld_shared_64(values.weights() + offset);
-    float largest[2];
+  for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
+    constexpr auto offset_of = [](uint32 j) { return (8 * j + 2 * EpilogueTile::lane_in_group()) * 4; };
+    ptx::Words2 s[kBatch], w[kBatch];
 #pragma unroll
-    for (uint32 i = 0; i < 2; ++i) {
-      const float scale = __uint_as_float(i ? s.y : s.x);
-      const float gate = totals[4 * j + i] * gate_scale * scale + gate_bias, up = totals[4 * j + 2 + i] * up_scale * scale + up_bias;
-      totals[4 * j + i] = gated(gate, up, p) * __uint_as_float(i ? w.y : w.x);
-      largest[i] = finite_magnitude(totals[4 * j + i]);
-#pragma unroll
-      for (uint32 step = 4; step < 32; step *= 2) largest[i] = fmaxf(largest[i], __shfl_xor_sync(~0u, largest[i], step));
+    for (uint32 b = 0; b < kBatch; ++b) {
+      if (first + b >= kTokens / 8) break;
+      s[b] = ptx::ld_shared_64(values.scales + offset_of(first + b));
+      w[b] = ptx::ld_shared_64(values.weights() + offset_of(first + b));
     }
+    float largest[kBatch][2] = {};
+#pragma unroll
+    for (uint32 b = 0; b < kBatch; ++b) {
+      if (first + b >= kTokens / 8) break;
+#pragma unroll
+      for (uint32 i = 0; i < 2; ++i) {
+        const uint32 at = 4 * (first + b) + i;
+        const float scale = __uint_as_float(i ? s[b].y : s[b].x);
+        const float gate = totals[at] * gate_scale * scale + gate_bias, up = totals[at + 2] * up_scale * scale + up_bias;
+        totals[at] = gated(gate, up, p) * __uint_as_float(i ? w[b].y : w[b].x);
+        largest[b][i] = finite_magnitude(totals[at]);
+      }
+    }
+#pragma unroll
+    for (uint32 step = 4; step < 32; step *= 2)
+#pragma unroll
+      for (uint32 b = 0; b < kBatch; ++b)
+#pragma unroll
+        for (uint32 i = 0; i < 2; ++i)
+          if (first + b < kTokens / 8) largest[b][i] = fmaxf(largest[b][i], __shfl_xor_sync(~0u, largest[b][i], step));
     if (tile.lane_group() == 0) {
-      ptx::st_shared_float(values.maxima(tile.warp()) + offset, largest[0]);
-      ptx::st_shared_float(values.maxima(tile.warp()) + offset + 4, largest[1]);
+#pragma unroll
+      for (uint32 b = 0; b < kBatch; ++b) {
+        if (first + b >= kTokens / 8) break;
+        ptx::st_shared_float(values.maxima(tile.warp()) + offset_of(first + b), largest[b][0]);
+        ptx::st_shared_float(values.maxima(tile.warp()) + offset_of(first + b) + 4, largest[b][1]);
+      }
     }
   }
   ptx::barrier_sync<128>(barrier);
@@ -90,13 +112,21 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
 
   const uint32 channel = tile.warp() * 8 + tile.lane_group();
 #pragma unroll
-  for (uint32 j = 0; j < kTokens / 8; ++j) {
-    const uint32 token = 8 * j + 2 * tile.lane_in_group();
-    const ptx::Words2 inverse = ptx::ld_shared_64(values.scales + token * 4);
-    const uint32 codes = ptx::pack_e4m3(scaled_for_e4m3(totals[4 * j], __uint_as_float(inverse.x)),
-                                        scaled_for_e4m3(totals[4 * j + 1], __uint_as_float(inverse.y)));
-    ptx::st_shared_byte(staging + token * kPitch + channel, codes & 0xff);
-    ptx::st_shared_byte(staging + (token + 1) * kPitch + channel, codes >> 8);
+  for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
+    ptx::Words2 inverse[kBatch];
+#pragma unroll
+    for (uint32 b = 0; b < kBatch; ++b)
+      if (first + b < kTokens / 8)
+        inverse[b] = ptx::ld_shared_64(values.scales + (8 * (first + b) + 2 * tile.lane_in_group()) * 4);
+#pragma unroll
+    for (uint32 b = 0; b < kBatch; ++b) {
+      const uint32 j = first + b, token = 8 * j + 2 * tile.lane_in_group();
+      if (j >= kTokens / 8) break;
+      const uint32 codes = ptx::pack_e4m3(scaled_for_e4m3(totals[4 * j], __uint_as_float(inverse[b].x)),
+                                          scaled_for_e4m3(totals[4 * j + 1], __uint_as_float(inverse[b].y)));
+      ptx::st_shared_byte(staging + token * kPitch + channel, codes & 0xff);
+      ptx::st_shared_byte(staging + (token + 1) * kPitch + channel, codes >> 8);
+    }
   }
   ptx::barrier_sync<128>(barrier);
 #pragma unroll
