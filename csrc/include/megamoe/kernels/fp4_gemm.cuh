@@ -24,10 +24,10 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
   auto* tiles = reinterpret_cast<Tile*>(smem + Plan::kTiles);
   const uint32 base = ptx::shared_address(smem);
   const TilePipeline tile_pipe(base + Plan::kTileBarriers);
-  constexpr uint32 kMathWarps = Config::kMathWarpgroups * 4, kLoaderThread = kMathWarps * 32, kSchedulerThread = kLoaderThread + 32;
-  const uint32 warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  constexpr uint32 kMathWarps = Config::kMathWarpgroups * 4;
+  const uint32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
-  if (threadIdx.x == kLoaderThread) {
+  if (threadIdx.x == kMathWarps * 32) {
     for (uint32 i = 0; i < Config::TokenTiles::kCount; ++i) ptx::prefetch_tensor_map(&p.x_maps[i]);
     Pipeline<Config::kStages>::init(base + Plan::kBarriers, kMathWarps);
     TilePipeline::init(base + Plan::kTileBarriers, kMathWarps + 1);
@@ -36,13 +36,13 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
   table.build(p.grouping, ceil_div(p.num_row_blocks, Config::kMathWarpgroups), threadIdx.x, Config::kThreads);
   __syncthreads();
 
-  if (warpgroup == Config::kMathWarpgroups) {
+  if (warp >= kMathWarps) {
     ptx::give_registers<Config::kAuxRegisters>();
-    if (threadIdx.x == kLoaderThread) gemm_load<Config>(p, {tiles, tile_pipe}, base);
-    if (threadIdx.x == kSchedulerThread) gemm_schedule<Config>(p, table, tiles, tile_pipe);
+    if (warp == kMathWarps && ptx::elect_one()) gemm_load<Config>(p, {tiles, tile_pipe}, base);
+    if (warp == kMathWarps + 1 && ptx::elect_one()) gemm_schedule<Config>(p, table, tiles, tile_pipe);
   } else {
     ptx::take_registers<Config::kMathRegisters>();
-    gemm_math<Config>(p, {tiles, tile_pipe}, base, warpgroup);
+    gemm_math<Config>(p, {tiles, tile_pipe}, base, warp / 4);
   }
 }
 

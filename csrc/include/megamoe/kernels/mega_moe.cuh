@@ -126,9 +126,8 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
   const TileReader tiles{slots, TilePipeline(base + Gemm::kTileBarriers)};
   if (warp >= kMathWarps) {
     ptx::give_registers<Config::kAuxRegisters>();
-    const bool is_first_lane = threadIdx.x % 32 == 0;
-    if (warp == kMathWarps && is_first_lane) mega_load_weights(block, slots, tiles.pipe);
-    if (warp == kMathWarps + 1 && is_first_lane) mega_load_tokens(block, tiles);
+    if (warp == kMathWarps && ptx::elect_one()) mega_load_weights(block, slots, tiles.pipe);
+    if (warp == kMathWarps + 1 && ptx::elect_one()) mega_load_tokens(block, tiles);
     if (warp == kMathWarps + 2) mega_pull(block);
     if (warp == kMathWarps + 3) mega_fold(block, tiles);
   } else {

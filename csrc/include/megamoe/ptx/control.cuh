@@ -15,6 +15,18 @@ MEGAMOE_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// True for one lane of a converged warp. Unlike a comparison with the lane's number it tells the assembler that no other lane is there:
+// without it every bulk copy sits in a loop over the active lanes.
+MEGAMOE_DEVICE bool elect_one() {
+  uint32 r;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;}"
+      : "=r"(r));
+  return r != 0;
+}
+
 // Meets kThreads threads at named barrier `id` (0 is __syncthreads).
 template <uint32 kThreads>
 MEGAMOE_DEVICE void barrier_sync(uint32 id) {

@@ -82,7 +82,10 @@ MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block, TileReader
     if (lane == 0) p.flow.publish_folded(place);
     timeline.mark(SpanKind::kFold, place.tile, place.idx);
   }
-  while (lane == 0 && !publisher.is_over) publisher.poll();
+  while (lane == 0 && !publisher.is_over) {
+    publisher.poll();
+    machine::nanosleep(kPollPauseNs);
+  }
   __syncwarp();
   end_call(block, watch.epoch);
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <megamoe/kernels/mega_moe.cuh>
-#include <megamoe/roles/gemm_schedule.cuh>
+#include <megamoe/roles/gemm_load.cuh>
 
 namespace megamoe {
 
@@ -35,57 +35,21 @@ struct TaskFeed {
   }
 };
 
-// The weights of a task: one run of K per row block.
-template <class Config>
-struct TaskWeights {
-  static constexpr uint32 kUnitBytes = sm90::WeightUnit::kBytes;
-  const uint8* first;  // of the first row block
-  uint64 row_block_bytes;
-  uint32 num_row_blocks;
-
-  MEGAMOE_DEVICE TaskWeights(const MegaMoeParams& p, const Tile& tile) {
-    const Fp4GemmParams& linear = p.linear[tile.linear];
-    const uint32 first_block = tile.row_tile * Config::kMathWarpgroups;
-    num_row_blocks = min_of(Config::kMathWarpgroups, linear.num_row_blocks - first_block);
-    row_block_bytes = uint64(tile.num_k) * kUnitBytes;
-    first = linear.w_blocks + (uint64(tile.group) * linear.num_row_blocks + first_block) * row_block_bytes;
-  }
-
-  // visit(source, i) for row block i, from block k of K on.
-  template <class Visit>
-  MEGAMOE_DEVICE void for_each(uint32 k, Visit visit) const {
-#pragma unroll
-    for (uint32 i = 0; i < Config::kMathWarpgroups; ++i)
-      if (i < num_row_blocks) visit(first + k * kUnitBytes + i * row_block_bytes, i);
-  }
-};
-
 // Streams the weights of a task for blocks [begin, end) of its K.
 template <class Config>
 MEGAMOE_DEVICE void load_weights(const MegaMoeParams& p, const Tile& tile, uint32 begin, uint32 end, uint32 base,
                                  Pipeline<Config::kStages>& pipe) {
-  const TaskWeights<Config> weights(p, tile);
-  constexpr uint32 kUnitBytes = weights.kUnitBytes;
+  using Plan = SmemPlan<Config>;
+  const Fp4GemmParams& linear = p.linear[tile.linear];
+  const uint32 row_block = tile.row_tile * Config::kMathWarpgroups;
+  const WeightUnits<Config> units(linear, tile.group, row_block, tile.num_k);
   const uint64 policy = tile.is_only_reader ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+  const uint8* weights = units.first + begin * units.kBytes;
 #pragma unroll 1
-  for (uint32 k = begin; k < end; ++k, pipe.advance()) {
-    pipe.acquire(weights.num_row_blocks * kUnitBytes);
-    const uint32 stage = base + pipe.stage * SmemPlan<Config>::kStageBytes;
-    weights.for_each(k, [&](const uint8* from, uint32 i) { ptx::bulk_load(stage + i * kUnitBytes, from, kUnitBytes, pipe.full(), policy); });
+  for (uint32 k = begin; k < end; ++k, pipe.advance(), weights += units.kBytes) {
+    pipe.acquire(units.num_row_blocks * units.kBytes);
+    units.load(weights, base + pipe.stage * Plan::kStageBytes, pipe.full(), policy);
   }
-}
-
-// Fills the ring with the weights of the block's first task and brings as many more to L2: math has no tokens yet for about 7 us, in which
-// HBM would stand still once all rings are full.
-template <class Config>
-MEGAMOE_DEVICE uint32 load_first_weights(const MegaMoeParams& p, const Tile& tile, uint32 base, Pipeline<Config::kStages>& pipe) {
-  const uint32 num_loaded = min_of(Config::kStages, tile.num_k), num_ahead = min_of(Config::kStages, tile.num_k - num_loaded);
-  load_weights<Config>(p, tile, 0, num_loaded, base, pipe);
-  if (num_ahead > 0)
-    TaskWeights<Config>(p, tile).for_each(num_loaded, [&](const uint8* from, uint32) {
-      ptx::bulk_prefetch(from, num_ahead * TaskWeights<Config>::kUnitBytes);
-    });
-  return num_loaded;
 }
 
 template <class Layout, class Config>
@@ -95,21 +59,20 @@ MEGAMOE_DEVICE void mega_load_weights(const MegaBlock<Layout, Config>& block, Ti
   auto timeline = block.timeline(kWeightsLane, true);
   feed.claim();
   const Tile* task = feed.hand_over();
-  timeline.begin();
-  uint32 k = task->num_tokens > 0 ? load_first_weights<Config>(block.p, *task, block.base, pipe) : 0;
   while (task->num_tokens > 0) {
     const Tile* next = nullptr;
+    timeline.begin();
     // One copy of the loop, and all it needs read from the slot again: a search among live loop variables would not fit the registers.
 #pragma unroll 1
-    for (uint32 part = 0; part < 3; ++part) {
+    for (uint32 part = 0, k = 0; part < 3; ++part) {
       const uint32 left = part == 0 ? kClaimAhead : part == 1 ? kHandOverAhead : 0, until = task->num_k > left ? task->num_k - left : 0;
       load_weights<Config>(block.p, *task, k, until, block.base, pipe);
-      k = max_of(k, until);
+      k = until;
       if (part == 0) feed.claim();
       if (part == 1) next = feed.hand_over();
     }
     timeline.mark(SpanKind::kWeights, *task);
-    task = next, k = 0;
+    task = next;
   }
 }
 

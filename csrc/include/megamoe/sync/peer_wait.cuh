@@ -34,6 +34,8 @@ MEGAMOE_DEVICE void post_to_peers(const Symm& symm, int64 value) {
 }
 #endif
 
+constexpr uint32 kPollPauseNs = 32;
+
 // A rank's part in one call: what every wait of it needs.
 template <class Layout>
 struct CallWatch {
@@ -53,7 +55,7 @@ struct CallWatch {
   // Waits until `poll(got)` is true; false if the call fails instead. `peer` is the rank to blame at the deadline, `got` what it last gave.
   template <class Poll>
   MEGAMOE_DEVICE bool wait(uint32 peer, Poll poll) const {
-    constexpr uint32 kPollsPerLook = 16, kPauseNs = 32;
+    constexpr uint32 kPollsPerLook = 16;
     int64 got = 0;
     if (poll(got)) return true;
     for (const uint64 begin = machine::global_timer_ns();;) {
@@ -64,7 +66,7 @@ struct CallWatch {
 #endif
       for (uint32 i = 0; i < kPollsPerLook; ++i) {
         if (poll(got)) return true;
-        machine::nanosleep(kPauseNs);
+        machine::nanosleep(kPollPauseNs);
       }
       if (must_give_up(peer, got, is_late)) return false;
     }
