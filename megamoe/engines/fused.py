@@ -18,6 +18,12 @@ from megamoe.kernels.tuning.mega import all_mega
 from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
 
 
+# Weights of linear 1 that moe_route brings to L2 while it waits for the other ranks, where nearly every expert gets rows: from this many
+# per expert on. Half of L2: the rest of it has to hold what is in use.
+ROWS_PER_EXPERT_FOR_AHEAD = 2
+AHEAD_BYTES = 24 << 20
+
+
 class FusedKernels:
     """The kernels of a call on one arena, and their memory. Calls follow each other, so all layers of the arena share them."""
 
@@ -48,6 +54,7 @@ class FusedEngine:
         self._packed: PackedExperts | None = None
         self._experts: MegaExperts | None = None
         self._configs: dict[int, MegaMoeConfig] = {}  # by token_bucket
+        self._ahead: torch.Tensor | None = None  # the weights that the first tasks read
 
     @property
     def is_loaded(self) -> bool:
@@ -65,6 +72,7 @@ class FusedEngine:
             configs = all_mega(shape, cfg.max_tokens_per_rank, arena.dims.pool_rows)
             self._kernels.mega.load(configs.values())
         self._packed, self._experts, self._configs = packed, packed.for_mega_moe(gate_constants(cfg)), configs
+        self._ahead = packed.gate_up.blocks.view(-1)[:AHEAD_BYTES]
 
     def weights(self) -> ExpertWeights | None:
         """The canonical form, unpacked anew by each call: nothing holds a second copy."""
@@ -80,7 +88,11 @@ class FusedEngine:
             y = torch.empty(num_tokens, self.cfg.hidden, dtype=torch.bfloat16, device=self.arena.device)
             dispatch.stage(x, x_sf, topk_idx, topk_weights)
             self.arena.note_published()
-            dispatch.route(expert_load)
-            self._kernels.mega.launch(self._configs[token_bucket(num_tokens)], self._experts, dispatch.rows(), y,
-                                      self.timeline)
+            dispatch.route(expert_load, self._ahead if self._hits_nearly_every_expert(num_tokens) else None)
+            self._kernels.mega.launch(self._configs[token_bucket(num_tokens)], self._experts, dispatch.rows(), y, self.timeline)
         return y
+
+    def _hits_nearly_every_expert(self, num_tokens: int) -> bool:
+        """If all ranks bring about as many tokens and the routing is even."""
+        num_rows = num_tokens * self.arena.num_ranks * self.cfg.num_topk
+        return num_rows >= ROWS_PER_EXPERT_FOR_AHEAD * self.cfg.num_experts

@@ -110,15 +110,18 @@ class ArenaDispatch:
         params.num_tokens, params.is_quantized = num_tokens, x_sf is not None
         self._launch("moe_stage", self._grid("moe_stage", num_tokens))
 
-    def route(self, expert_load: torch.Tensor) -> None:
+    def route(self, expert_load: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
         """Wait for every rank's inputs and give each (token, slot) that names a local expert a row.
 
         Args:
             expert_load: [e] int64, to which the rows of each expert are added.
+            ahead: contiguous, of a multiple of 16 bytes; brought to L2 meanwhile.
 
         Sync: stream-ordered; the device waits for every rank's `stage`, at most calls.timeout_s.
         """
-        self._params["moe_route"].expert_load = expert_load.data_ptr()
+        params = self._params["moe_route"]
+        params.expert_load = expert_load.data_ptr()
+        params.ahead, params.ahead_bytes = (0, 0) if ahead is None else (ahead.data_ptr(), ahead.nbytes)
         for op in ("moe_route", "moe_assign"):
             self._launch(op, self._num_chunks)
 

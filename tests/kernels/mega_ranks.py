@@ -139,7 +139,7 @@ class MegaRanks:
         for rank, given in enumerate(inputs):
             self.arenas.stage(rank, given)
         for rank in range(self.dims.num_ranks):
-            self.arenas.ranks[rank].route(self.arenas.loads[rank])
+            self.arenas.ranks[rank].route(self.arenas.loads[rank], self.experts[rank].gate_up.blocks[:1])
         return [torch.full((len(given.x), self.dims.hidden), torch.nan, dtype=torch.bfloat16, device=self.device) for given in inputs]
 
     def params(self, rank: int, y: torch.Tensor) -> Params:

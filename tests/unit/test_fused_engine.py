@@ -85,6 +85,20 @@ def test_a_call(events):
     assert (experts.limit, experts.alpha, experts.up_bias) == (float("inf"), 1.702, 1.0)
 
 
+@pytest.mark.parametrize("num_tokens, is_ahead", ((0, False), (1, False), (2, True), (16, True)))
+def test_weights_go_ahead_of_the_routing_from_two_rows_per_expert_on(events, num_tokens, is_ahead):
+    engine = fused.FusedEngine(CFG, FakeArena(events))
+    engine.load(weights())
+    events.clear()
+    topk = torch.zeros(num_tokens, 2)
+    engine.forward(torch.zeros(num_tokens, 64).bfloat16(), None, topk.long(), topk, torch.zeros(2, dtype=torch.int64))
+    (_, _, ahead), = (event for event in events if event[0] == "route")
+    if is_ahead:
+        assert ahead.data_ptr() == engine._packed.gate_up.blocks.data_ptr() and ahead.nbytes == engine._packed.gate_up.blocks.nbytes
+    else:
+        assert ahead is None
+
+
 def test_layers_share_the_kernels_of_an_arena(events):
     arena = FakeArena(events)
     first, second = (fused.FusedEngine(CFG, arena) for _ in range(2))

@@ -5,6 +5,7 @@
 // Example: 2 chunks, 2 experts, counts [[1, 2], [3, 0]] -> rows begin at [[0, 4], [1, 6]], experts at 0 and 4, 6 rows in all.
 #pragma once
 
+#include <megamoe/ptx/copy.cuh>
 #include <megamoe/sync/last_block.cuh>
 #include <megamoe/sync/peer_wait.cuh>
 
@@ -19,6 +20,8 @@ struct MoeRouteParams {
   int32* bounds;        // [passes, 2] 0 and the number of rows of a pass
   int64* expert_load;   // [e] rows per expert are added
   uint32* num_arrived;  // of arrive_last
+  const uint8* ahead;   // what to bring to L2 meanwhile, a multiple of 16 bytes
+  uint32 ahead_bytes;   // 0 for nothing
 };
 
 constexpr uint32 kRouteThreads = 1024;
@@ -105,6 +108,14 @@ MEGAMOE_DEVICE void place_rows(const MoeRouteParams& p, bool is_failed) {
   });
 }
 
+// Brings the block's share of `ahead` to L2. By a warp.
+MEGAMOE_DEVICE void prefetch_ahead(const MoeRouteParams& p, uint32 lane) {
+  constexpr uint32 kPiece = 16384;
+  const uint64 step = uint64(gridDim.x) * 32 * kPiece;
+  for (uint64 at = (uint64(blockIdx.x) * 32 + lane) * kPiece; at < p.ahead_bytes; at += step)
+    ptx::bulk_prefetch(p.ahead + at, min_of(kPiece, p.ahead_bytes - at));
+}
+
 // Entries of the block's source rank that are there this call; 0 if the call has failed. Acquires for the block.
 template <class Layout, class Config>
 MEGAMOE_DEVICE uint32 wait_for_entries(const MoeRouteParams& p, int64 epoch, uint32 src) {
@@ -126,6 +137,7 @@ MEGAMOE_DEVICE void moe_route(const MoeRouteParams& p) {
   const int64 epoch = p.calls.epoch();
   const uint32 src = blockIdx.x / Config::kNumChunks, first = blockIdx.x % Config::kNumChunks * Config::kChunkEntries + threadIdx.x;
   if (threadIdx.x < kExperts) counts[threadIdx.x] = 0;
+  if (threadIdx.x / 32 == kRouteThreads / 32 - 1) prefetch_ahead(p, threadIdx.x % 32);
   const uint32 num_entries = wait_for_entries<Layout, Config>(p, epoch, src);
 
   const uint64 first_expert = uint64(p.symm.rank) * kExperts;

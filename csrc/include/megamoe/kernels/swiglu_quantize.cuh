@@ -2,6 +2,7 @@
 #pragma once
 
 #include <megamoe/kernels/quantize_tokens.cuh>
+#include <megamoe/swiglu.cuh>
 
 namespace megamoe {
 
@@ -23,7 +24,8 @@ struct SwigluSource {
   struct Row {
     const Packed<T>* gate;
     const Packed<T>* up;
-    float weight, limit, exponent_factor, up_bias;
+    float weight;
+    SwigluGate gated;
 
     MEGAMOE_DEVICE Raw load(uint32 vector) const { return {gate[vector], up[vector]}; }
 
@@ -34,19 +36,12 @@ struct SwigluSource {
       for (uint32 i = 0; i < 8; ++i) g.v[i] = gated(g.v[i], u.v[i]) * weight;
       return g;
     }
-
-    MEGAMOE_DEVICE float gated(float g, float u) const {
-      g = ptx::min_propagating_nan(g, limit);
-      u = ptx::max_propagating_nan(ptx::min_propagating_nan(u, limit), -limit);
-      return g * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(exponent_factor * g)) * (u + up_bias);
-    }
   };
 
   MEGAMOE_DEVICE Row row(uint32 row_idx) const {
     const uint32 num_vectors = p.out.num_channels / 8;
     const auto* gate = static_cast<const Packed<T>*>(p.gate_up) + uint64(row_idx) * 2 * num_vectors;
-    constexpr float kLog2E = 1.4426950408889634f;
-    return {gate, gate + num_vectors, p.row_weight == nullptr ? 1.0f : p.row_weight[row_idx], p.limit, -p.alpha * kLog2E, p.up_bias};
+    return {gate, gate + num_vectors, p.row_weight == nullptr ? 1.0f : p.row_weight[row_idx], {p.limit, p.alpha, p.up_bias}};
   }
 };
 

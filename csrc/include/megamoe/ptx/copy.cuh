@@ -27,6 +27,11 @@ MEGAMOE_DEVICE void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Into L2, for a later copy. Address and size are multiples of 16 bytes.
+MEGAMOE_DEVICE void bulk_prefetch(const void* from, uint32 num_bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");
+}
+
 // Copies of 4 or 8 bytes to shared memory by the thread that issues them, which sees them after copy_async_wait.
 template <uint32 kBytes>
 MEGAMOE_DEVICE void copy_async(uint32 to, const void* from) {

@@ -6,30 +6,24 @@
 
 #include <megamoe/e4m3.cuh>
 #include <megamoe/roles/store_epilogue.cuh>
+#include <megamoe/swiglu.cuh>
 
 namespace megamoe {
 
-// Magnitude for the maximum, in which NaN and Inf do not take part.
-MEGAMOE_DEVICE float finite_magnitude(float v) {
-  const float m = fabsf(v);
-  return m <= kFloatMax ? m : 0.0f;
-}
-
-// Clamps propagate NaN: a comparison with NaN is false.
-MEGAMOE_DEVICE float clamp_above(float v, float limit) { return v > limit ? limit : v; }
-MEGAMOE_DEVICE float clamp_below(float v, float limit) { return v < limit ? limit : v; }
-
-MEGAMOE_DEVICE float gated(float gate, float up, const Fp4GemmParams& p) {
-  gate = clamp_above(gate, p.limit);
-  up = clamp_below(clamp_above(up, p.limit), -p.limit);
-  // The exact division has a slow path that is a call, and a call anywhere in a math role costs spills.
-  return __fdividef(gate, 1.0f + __expf(-p.alpha * gate)) * (up + p.up_bias);
-}
-
-// value * 2^(127 - e), Inf turned into NaN, since E4M3 has no Inf and saturation would hide it.
-MEGAMOE_DEVICE float scaled_for_e4m3(float v, float inverse) {
-  const float s = v * inverse;
-  return is_finite(s) ? s : __int_as_float(0x7fffffff);
+// The maximum of each of 8 values over the 8 lanes that have the same lane % 4: lane 4 g + i gets that of value g. Halves travel both ways, so
+// this takes 7 shuffles where one value after the other would take 24.
+MEGAMOE_DEVICE float max_over_lane_groups(const float (&v)[8]) {
+  const uint32 lane = threadIdx.x % 32;
+  const auto exchange = [lane](float low, float high, uint32 bit) {  // keeps one and takes its partner's
+    const bool is_high = lane & bit;
+    return fmaxf(is_high ? high : low, __shfl_xor_sync(~0u, is_high ? low : high, bit));
+  };
+  float half[4], quarter[2];
+#pragma unroll
+  for (uint32 i = 0; i < 4; ++i) half[i] = exchange(v[i], v[i + 4], 16);
+#pragma unroll
+  for (uint32 i = 0; i < 2; ++i) quarter[i] = exchange(half[i], half[i + 2], 8);
+  return exchange(quarter[0], quarter[1], 4);
 }
 
 template <class Config, uint32 kTokens>
@@ -52,11 +46,12 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
 
   const float gate_scale = tile.row_scale(0), up_scale = tile.row_scale(1);
   // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens. In
-  // batches: shared accesses stay in program order, and eight tokens at a time would expose the latency of the whole chain to the maximum.
+  // batches of 32 tokens: shared accesses stay in program order, and eight tokens at a time would expose the latency of the whole chain.
   constexpr uint32 kBatch = 4;
+  const SwigluGate gated(p.limit, p.alpha, p.up_bias);
+  const auto offset_of = [](uint32 j) { return (8 * j + 2 * EpilogueTile::lane_in_group()) * 4; };
 #pragma unroll
   for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
-    constexpr auto offset_of = [](uint32 j) { return (8 * j + 2 * EpilogueTile::lane_in_group()) * 4; };
     ptx::Words2 s[kBatch], w[kBatch];
 #pragma unroll
     for (uint32 b = 0; b < kBatch; ++b) {
@@ -64,34 +59,21 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
       s[b] = ptx::ld_shared_64(values.scales + offset_of(first + b));
       w[b] = ptx::ld_shared_64(values.weights() + offset_of(first + b));
     }
-    float largest[kBatch][2] = {};
+    float magnitudes[2 * kBatch] = {};
 #pragma unroll
-    for (uint32 b = 0; b < kBatch; ++b) {
+    for (uint32 i = 0; i < 2 * kBatch; ++i) {
+      const uint32 b = i / 2, at = 4 * (first + b) + i % 2;
       if (first + b >= kTokens / 8) break;
-#pragma unroll
-      for (uint32 i = 0; i < 2; ++i) {
-        const uint32 at = 4 * (first + b) + i;
-        const float scale = __uint_as_float(i ? s[b].y : s[b].x);
-        const float gate = totals[at] * gate_scale * scale + gate_bias, up = totals[at + 2] * up_scale * scale + up_bias;
-        totals[at] = gated(gate, up, p) * __uint_as_float(i ? w[b].y : w[b].x);
-        largest[b][i] = finite_magnitude(totals[at]);
-      }
+      const float scale = __uint_as_float(i % 2 ? s[b].y : s[b].x);
+      const float gate = totals[at] * gate_scale * scale + gate_bias, up = totals[at + 2] * up_scale * scale + up_bias;
+      const float v = gated(gate, up) * __uint_as_float(i % 2 ? w[b].y : w[b].x);
+      // E4M3 has no Inf, and saturation would turn one into 448; fmaxf passes over NaN.
+      totals[at] = is_finite(v) ? v : __uint_as_float(0x7fffffff);
+      magnitudes[i] = fabsf(totals[at]);
     }
-#pragma unroll
-    for (uint32 step = 4; step < 32; step *= 2)
-#pragma unroll
-      for (uint32 b = 0; b < kBatch; ++b)
-#pragma unroll
-        for (uint32 i = 0; i < 2; ++i)
-          if (first + b < kTokens / 8) largest[b][i] = fmaxf(largest[b][i], __shfl_xor_sync(~0u, largest[b][i], step));
-    if (tile.lane_group() == 0) {
-#pragma unroll
-      for (uint32 b = 0; b < kBatch; ++b) {
-        if (first + b >= kTokens / 8) break;
-        ptx::st_shared_float(values.maxima(tile.warp()) + offset_of(first + b), largest[b][0]);
-        ptx::st_shared_float(values.maxima(tile.warp()) + offset_of(first + b) + 4, largest[b][1]);
-      }
-    }
+    const float largest = max_over_lane_groups(magnitudes);
+    const uint32 token = 8 * (first + tile.lane_group() / 2) + 2 * tile.lane_in_group() + tile.lane_group() % 2;
+    if (token < kTokens) ptx::st_shared_float(values.maxima(tile.warp()) + token * 4, fmaxf(largest, 0.0f));
   }
   ptx::barrier_sync<128>(barrier);
 
@@ -122,8 +104,7 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
     for (uint32 b = 0; b < kBatch; ++b) {
       const uint32 j = first + b, token = 8 * j + 2 * tile.lane_in_group();
       if (j >= kTokens / 8) break;
-      const uint32 codes = ptx::pack_e4m3(scaled_for_e4m3(totals[4 * j], __uint_as_float(inverse[b].x)),
-                                          scaled_for_e4m3(totals[4 * j + 1], __uint_as_float(inverse[b].y)));
+      const uint32 codes = ptx::pack_e4m3(totals[4 * j] * __uint_as_float(inverse[b].x), totals[4 * j + 1] * __uint_as_float(inverse[b].y));
       ptx::st_shared_byte(staging + token * kPitch + channel, codes & 0xff);
       ptx::st_shared_byte(staging + (token + 1) * kPitch + channel, codes >> 8);
     }
