@@ -61,7 +61,7 @@ def describe(rank: int, num_ranks: int):
 
 def test_creation(rank_pool):
     results = rank_pool(3).run(describe)
-    assert [result[0] for result in results] == [f"Arena(shm, rank {rank} of 3, cpu, 0.0 MiB, 128 pool rows)" for rank in range(3)]
+    assert [result[0] for result in results] == [f"Arena(shm, rank {rank} of 3, cpu, 0.0 MiB, 256 pool rows)" for rank in range(3)]
     assert [result[1] for result in results] == [Topology(rank, 3, (0, 1, 2)) for rank in range(3)]
     assert len({result[2] for result in results}) == 1
     for files in (result[3] for result in results):
@@ -112,8 +112,8 @@ def create_with_another_table(rank: int, num_ranks: int) -> None:
 
 def test_a_layout_mismatch_names_the_region(rank_pool):
     for error in raised_everywhere(rank_pool(2), create_with_another_table):
-        assert re.fullmatch(r"Arena: region pool_x differs between ranks: rank 0 has '\[64, 64\] float8_e4m3fn at \d+', "
-                            r"rank 1 has '\[64, 64\] float8_e4m3fn at \d+'; construct every rank with the same arguments", str(error))
+        assert re.fullmatch(r"Arena: region pool_x differs between ranks: rank 0 has '\[256, 64\] float8_e4m3fn at \d+', "
+                            r"rank 1 has '\[256, 64\] float8_e4m3fn at \d+'; construct every rank with the same arguments", str(error))
 
 
 def test_a_failure_of_one_rank_is_raised_on_every_rank(rank_pool):

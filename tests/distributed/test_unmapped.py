@@ -37,7 +37,7 @@ def describe(rank: int, num_ranks: int):
 
 def test_each_rank_has_its_own_memory(rank_pool):
     for rank, (text, own, others, refused) in enumerate(rank_pool(3).run(describe)):
-        assert text == f"Arena(unmapped, rank {rank} of 3, cpu, 0.0 MiB, 128 pool rows)"
+        assert text == f"Arena(unmapped, rank {rank} of 3, cpu, 0.0 MiB, 192 pool rows)"
         assert (own, others) == (7 + rank, 0)
         assert refused == (f"Arena: rank of peer_view must be {rank}, this rank, got {(rank + 1) % 3}; backend 'unmapped' maps no peer's "
                            "memory: send and receive instead")
