@@ -122,8 +122,8 @@ class ArenaDispatch:
         params = self._params["moe_route"]
         params.expert_load = expert_load.data_ptr()
         params.ahead, params.ahead_bytes = (0, 0) if ahead is None else (ahead.data_ptr(), ahead.nbytes)
-        for op in ("moe_route", "moe_assign"):
-            self._launch(op, self._num_chunks)
+        for op in ("moe_route", "moe_assign"):  # each starts while the one before it ends, and waits for it
+            self._launch(op, self._num_chunks, pdl=True)
 
     def rows(self) -> RoutedRows:
         """All rows of the call that `route` has seen, in one pass. The same tensors in every call. Sync: none."""
@@ -193,6 +193,6 @@ class ArenaDispatch:
         """At most what fits on the device at once; one block to post and wait if there is no work."""
         return max(1, min(num_blocks, blocks_per_sm(op, self.dims) * self._num_sms))
 
-    def _launch(self, op: str, grid: int) -> None:
+    def _launch(self, op: str, grid: int, pdl: bool = False) -> None:
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._kernels[op].launch(grid, threads(op, self.dims), 0, self._params[op], stream)
+        self._kernels[op].launch(grid, threads(op, self.dims), 0, self._params[op], stream, pdl=pdl)

@@ -126,7 +126,7 @@ class Block {
     const uint32 num_row_blocks = std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups);
     if (task.linear == 0)
       flow_.publish_activated(task.number, num_row_blocks);
-    else
+    else if (flow_.is_slot_used_again(task.number, call_.rows.table.num_tiles))
       flow_.publish_finished(task.number, num_row_blocks);
     tasks_.give_back(n);
     ++num_published_;

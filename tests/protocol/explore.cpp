@@ -126,7 +126,10 @@ struct Explorer {
     BlockState& block = s.blocks[b];
     if (block.num_unpublished == 0) return false;
     const Tile& task = tasks[block.unpublished[0]];
-    task.linear == 0 ? flow(s).publish_activated(task.number, 1) : flow(s).publish_finished(task.number, 1);
+    if (task.linear == 0)
+      flow(s).publish_activated(task.number, 1);
+    else if (flow(s).is_slot_used_again(task.number, table.num_tiles))
+      flow(s).publish_finished(task.number, 1);
     block.unpublished[0] = block.unpublished[1];
     block.unpublished[--block.num_unpublished] = kNothing;
     return true;

@@ -64,6 +64,8 @@ MUTANTS = (
     Mutant("slot_awaited_one_generation_late", FLOW, "wait(&of(tile).finished, ring.generation(tile)",
            "wait(&of(tile).finished, (ring.generation(tile) - 1)", "races", (RACE, WRONG)),
     Mutant("slot_always_called_free", FLOW, "return ring.generation(tile) == 0 ||", "return ring.generation(tile) < 99 ||", "calls"),
+    Mutant("last_awaited_tile_not_published", FLOW, "return tile + ring.num_slots < num_tiles;", "return tile + ring.num_slots + 1 < num_tiles;",
+           "calls", (WRONG, HANG)),
     Mutant("counters_not_cleared", FLOW, "counters[slot] = {0, 0, 0, 0};", "static_cast<void>(counters);", "calls"),
     Mutant("folded_not_cleared", FLOW, "counters[slot] = {0, 0, 0, 0};",
            "counters[slot].pulled = counters[slot].activated = counters[slot].finished = 0;", "races", (RACE, WRONG)),

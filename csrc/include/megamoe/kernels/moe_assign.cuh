@@ -5,6 +5,7 @@
 #pragma once
 
 #include <megamoe/comm/call_state.cuh>
+#include <megamoe/ptx/control.cuh>
 
 namespace megamoe {
 
@@ -22,6 +23,7 @@ template <class Config>
 MEGAMOE_DEVICE void moe_assign(const MoeAssignParams& p) {
   constexpr uint32 kExperts = Config::kNumLocalExperts, kRounds = Config::kChunkEntries / (32 * kAssignWarps);
   __shared__ uint16 counts[kAssignWarps][kExperts];
+  ptx::wait_for_launcher();
   if (p.calls.is_failed(p.calls.epoch())) return;  // chunk_rows are those of no call
   const uint32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * 32 * kRounds + lane;
   const int16* experts = p.entry_expert + uint64(blockIdx.x) * Config::kChunkEntries + first;

@@ -5,6 +5,7 @@
 // Example: 2 chunks, 2 experts, counts [[1, 2], [3, 0]] -> rows begin at [[0, 4], [1, 6]], experts at 0 and 4, 6 rows in all.
 #pragma once
 
+#include <megamoe/ptx/control.cuh>
 #include <megamoe/ptx/copy.cuh>
 #include <megamoe/sync/last_block.cuh>
 #include <megamoe/sync/peer_wait.cuh>
@@ -129,15 +130,17 @@ MEGAMOE_DEVICE uint32 wait_for_entries(const MoeRouteParams& p, int64 epoch, uin
   return num_entries;
 }
 
-// Grid: W * chunks blocks of kRouteThreads.
+// Grid: W * chunks blocks of kRouteThreads. May be launched to depend on moe_stage, and moe_assign on it.
 template <class Layout, class Config>
 MEGAMOE_DEVICE void moe_route(const MoeRouteParams& p) {
   constexpr uint32 kPerThread = Config::kChunkEntries / kRouteThreads, kExperts = Config::kNumLocalExperts;
   __shared__ int32 counts[kExperts];
+  if (threadIdx.x / 32 == kRouteThreads / 32 - 1) prefetch_ahead(p, threadIdx.x % 32);
+  ptx::wait_for_launcher();
+  ptx::launch_dependents();
   const int64 epoch = p.calls.epoch();
   const uint32 src = blockIdx.x / Config::kNumChunks, first = blockIdx.x % Config::kNumChunks * Config::kChunkEntries + threadIdx.x;
   if (threadIdx.x < kExperts) counts[threadIdx.x] = 0;
-  if (threadIdx.x / 32 == kRouteThreads / 32 - 1) prefetch_ahead(p, threadIdx.x % 32);
   const uint32 num_entries = wait_for_entries<Layout, Config>(p, epoch, src);
 
   const uint64 first_expert = uint64(p.symm.rank) * kExperts;

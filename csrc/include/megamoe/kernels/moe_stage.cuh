@@ -4,6 +4,7 @@
 // Raises the epoch: every launch is a call, a graph replay too. Any number of blocks; the last to finish publishes.
 #pragma once
 
+#include <megamoe/ptx/control.cuh>
 #include <megamoe/roles/stage_tokens.cuh>
 #include <megamoe/sync/last_block.cuh>
 #include <megamoe/sync/peer_wait.cuh>
@@ -60,6 +61,7 @@ MEGAMOE_DEVICE void stage_call(const MoeStageParams& p, Share share) {
 
 template <class Layout, class Config>
 MEGAMOE_DEVICE void moe_stage(const MoeStageParams& p) {
+  ptx::launch_dependents();
   E4m3* x = p.symm.at<&Layout::x>(p.symm.rank, 0, 0);
   if (p.is_quantized) {
     const void* codes = p.x == nullptr ? x : p.x;

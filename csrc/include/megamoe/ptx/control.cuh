@@ -1,4 +1,4 @@
-// Registers per warpgroup, named barriers, lane election (PTX ISA, "setmaxnreg", "barrier", "elect").
+// Registers per warpgroup, named barriers, lane election, dependent launches (PTX ISA, "setmaxnreg", "barrier", "elect", "griddepcontrol").
 #pragma once
 
 #include <megamoe/base.cuh>
@@ -14,6 +14,13 @@ template <uint32 kRegisters>
 MEGAMOE_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+// Lets the next kernel of the stream start, if it was launched to depend on this one.
+MEGAMOE_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Waits until the kernel before this one in the stream has ended and its writes are visible; returns at once in a kernel that was not
+// launched to depend on it.
+MEGAMOE_DEVICE void wait_for_launcher() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // True for one lane of a converged warp. Unlike a comparison with the lane's number it tells the assembler that no other lane is there:
 // without it every bulk copy sits in a loop over the active lanes.

@@ -62,7 +62,7 @@ template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_fold(const MegaBlock<Layout, Config>& block, TileReader tiles) {
   const MegaMoeParams& p = block.p;
   const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
-  TaskPublisher<Config> publisher{p, tiles, block.base + MegaSmemPlan<Config>::kDone};
+  TaskPublisher<Config> publisher{p, block.table.num_tiles, tiles, block.base + MegaSmemPlan<Config>::kDone};
   const PublishingWatch<Layout, Config> publishing{watch, publisher, p.symm};
   const uint32 lane = threadIdx.x % 32;
   auto timeline = block.timeline(kFoldLane, lane == 0);

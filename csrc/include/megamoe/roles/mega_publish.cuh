@@ -13,6 +13,7 @@ namespace megamoe {
 template <class Config>
 struct TaskPublisher {
   const MegaMoeParams& p;
+  uint32 num_tiles;      // of the call
   TileReader tiles;      // at the oldest task that has not been published; its slot is kept until then
   uint32 done;           // shared address of DoneBarriers
   bool is_over = false;  // all tasks are published
@@ -26,14 +27,14 @@ struct TaskPublisher {
     const uint32 num_row_blocks = min_of(Config::kMathWarpgroups, p.flow.row_blocks[task.linear] - task.row_tile * Config::kMathWarpgroups);
     if (task.linear == 0)
       p.flow.publish_activated(task.number, num_row_blocks);
-    else
+    else if (p.flow.is_slot_used_again(task.number, num_tiles))
       p.flow.publish_finished(task.number, num_row_blocks);
     ptx::mbarrier_arrive(tiles.pipe.empty());
     tiles.pipe.advance();
   }
 };
 
-// The last block of a rank to publish all its tasks tells every rank. By a warp.
+// The last block of a rank to publish all its tasks tells every rank: `finish` releases what was not worth a publication of its own. By a warp.
 template <class Layout, class Config>
 MEGAMOE_DEVICE void end_call(const MegaBlock<Layout, Config>& block, int64 epoch) {
   const MegaMoeParams& p = block.p;

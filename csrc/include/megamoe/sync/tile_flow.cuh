@@ -8,7 +8,7 @@
 //     pulled      rows in the pool            slot_rows                  the token loader, before linear 1
 //     activated   64-row blocks of linear 1   row_blocks[0]              fold
 //     folded      rows with one exponent      slot_rows                  the token loader, before linear 2
-//     finished    64-row blocks of linear 2   row_blocks[1]              pull, before the slot's next tile
+//     finished    64-row blocks of linear 2   row_blocks[1]              pull, before the slot's next tile, if it has one
 //
 // Every publication is a release-add, every wait an acquire. Within a call counters only grow, by the same amount in each generation: a
 // tile's last row stands for the rows that its slot has beyond the tile. So generation g is complete at g + 1 amounts, whatever the sizes
@@ -38,6 +38,9 @@ struct TileFlow {
   MEGAMOE_DEVICE void publish_finished(uint32 tile, uint32 num_row_blocks) const {
     machine::add_release_gpu(&of(tile).finished, num_row_blocks);
   }
+
+  // Whether a later tile takes this one's slot: otherwise nobody waits for it to be finished.
+  MEGAMOE_DEVICE bool is_slot_used_again(uint32 tile, uint32 num_tiles) const { return tile + ring.num_slots < num_tiles; }
 
   // Waits, by one thread, which acquires for itself. They return in any case; after a failure what they waited for may be missing.
   template <class Watch>
