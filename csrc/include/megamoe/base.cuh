@@ -26,7 +26,6 @@ enum class Bf16 : uint16 {};
 MEGAMOE_HOST_DEVICE constexpr uint32 ceil_div(uint32 a, uint32 b) { return (a + b - 1) / b; }
 MEGAMOE_HOST_DEVICE constexpr uint32 round_up(uint32 a, uint32 b) { return ceil_div(a, b) * b; }
 MEGAMOE_HOST_DEVICE constexpr uint32 min_of(uint32 a, uint32 b) { return a < b ? a : b; }
-MEGAMOE_HOST_DEVICE constexpr uint32 max_of(uint32 a, uint32 b) { return a > b ? a : b; }
 
 // Ascending sizes, known when the kernel is compiled. Arrays of constants cannot be indexed in device code, packs can.
 template <uint32... kValues>

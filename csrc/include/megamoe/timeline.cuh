@@ -20,7 +20,7 @@ enum class SpanKind : uint32 {
   kFold,
   kStageWait,    // until the first stage of a task is full, and its weights are expanded
   kMainLoop,
-  kEpilogue,     // to the publication; the next task is taken meanwhile
+  kEpilogue,     // to its last store; the next task is taken meanwhile
   kSkippedTask,  // its weight rows are all other warpgroups'
   kMeetPeers,    // from the last task to combine_ready of every rank
   kSumSlots,

@@ -1,4 +1,5 @@
-// Registers per warpgroup, named barriers, lane election, dependent launches (PTX ISA, "setmaxnreg", "barrier", "elect", "griddepcontrol").
+// Registers per warpgroup, named barriers, lane election, dependent launches (PTX ISA, "setmaxnreg", "barrier", "elect",
+// "griddepcontrol").
 #pragma once
 
 #include <megamoe/base.cuh>
@@ -40,7 +41,7 @@ MEGAMOE_DEVICE void barrier_sync(uint32 id) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// The same, and tells all of them whether `predicate` is true for every one, or for any.
+// The same, and tells all of them whether `predicate` is true for every one.
 template <uint32 kThreads>
 MEGAMOE_DEVICE bool barrier_all(uint32 id, bool predicate) {
   uint32 r;

@@ -26,8 +26,7 @@ struct WeightUnits {
   }
 };
 
-// By one elected thread (ptx::elect_one): a block of K with four row blocks took it 0.4 us when each copy was a loop over lanes, as long as
-// math takes for 8 tokens (H200, 2026-11-21).
+// By one elected thread (ptx::elect_one), for which a copy is an instruction and not a loop over lanes.
 template <class Config>
 MEGAMOE_DEVICE void gemm_load(const Fp4GemmParams& p, TileReader tiles, uint32 base) {
   using Plan = SmemPlan<Config>;

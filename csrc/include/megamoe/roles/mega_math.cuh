@@ -1,4 +1,5 @@
-// Math warpgroup of mega_moe: 64 weight rows of every task of either linear, from the sums over K to the epilogue and its publication.
+// Math warpgroup of mega_moe: 64 weight rows of every task of either linear, from the sums over K to the end of the epilogue, which the
+// publisher hears of.
 #pragma once
 
 #include <megamoe/kernels/mega_moe.cuh>
@@ -45,7 +46,8 @@ MEGAMOE_DEVICE void finish_task(float (&totals)[kTokens / 2], const MegaMoeParam
 }
 
 // Computes tasks as long as their tiles have this size. The first block of the next task is expanded before the epilogue if it is there by
-// then. It must not be waited for: it may depend on what this epilogue leaves to be published, or on another block that waits in the same way.
+// then. It must not be waited for: it may depend on what this epilogue leaves to be published, or on another block that waits in the same
+// way.
 template <class Config, uint32 kIdx>
 MEGAMOE_DEVICE void compute_tasks(TaskWalk<Config>& walk) {
   constexpr uint32 kTokens = Config::TokenTiles::at(kIdx);

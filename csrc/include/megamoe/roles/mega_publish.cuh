@@ -34,7 +34,8 @@ struct TaskPublisher {
   }
 };
 
-// The last block of a rank to publish all its tasks tells every rank: `finish` releases what was not worth a publication of its own. By a warp.
+// The last block of a rank to publish all its tasks tells every rank; `finish` releases what was not worth a publication of its own. By a
+// warp.
 template <class Layout, class Config>
 MEGAMOE_DEVICE void end_call(const MegaBlock<Layout, Config>& block, int64 epoch) {
   const MegaMoeParams& p = block.p;

@@ -40,7 +40,8 @@ struct EpilogueTile {
   // 2^(row_base - 114): what the main loop's exponents leave out (formats/layout_sm90.py).
   MEGAMOE_DEVICE float row_scale(uint32 half) const { return exponent_to_float(row_bases[half] + 127 - 114); }
 
-  // Starts to copy the tokens' row weights, or their destinations, to a row of shared memory that no thread of the warpgroup reads any more.
+  // Starts to copy the tokens' row weights, or their destinations, to a row of shared memory that no thread of the warpgroup reads any
+  // more.
   template <uint32 kTokens>
   MEGAMOE_DEVICE void fetch_weights(const Fp4GemmParams& p, uint32 row) const {
     for_my_tokens<kTokens>([&](uint32 token, uint32) {

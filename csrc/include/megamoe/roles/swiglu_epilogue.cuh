@@ -10,8 +10,8 @@
 
 namespace megamoe {
 
-// The maximum of each of 8 values over the 8 lanes that have the same lane % 4: lane 4 g + i gets that of value g. Halves travel both ways, so
-// this takes 7 shuffles where one value after the other would take 24.
+// The maximum of each of 8 values over the 8 lanes that have the same lane % 4: lane 4 g + i gets that of value g. Halves travel both ways,
+// so this takes 7 shuffles where one value after the other would take 24.
 MEGAMOE_DEVICE float max_over_lane_groups(const float (&v)[8]) {
   const uint32 lane = threadIdx.x % 32;
   const auto exchange = [lane](float low, float high, uint32 bit) {  // keeps one and takes its partner's

@@ -83,8 +83,8 @@ struct TileFlow {
   }
 };
 
-// How a rank's blocks end a call: each says when it has published all its tasks; the last one tells all ranks (combine_ready) and clears the
-// counters.
+// How a rank's blocks end a call: each says when it has published all its tasks; the last one tells all ranks (combine_ready) and clears
+// the counters.
 struct CallEnd {
   uint32* num_tickets;   // tasks claimed; 0 between calls
   uint32* num_finished;  // blocks; 0 between calls
