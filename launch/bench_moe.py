@@ -86,6 +86,23 @@ def join_ranks() -> torch.device:
     return device
 
 
+def on_joined_ranks(work: Callable[[torch.device], int]) -> int:
+    """Join the ranks, do `work` with this rank's device, and leave them.
+
+    Returns:
+        Its exit code; 1 if what it wants cannot run here, which every rank raises and the first prints.
+    """
+    device = join_ranks()
+    try:
+        return work(device)
+    except (ArenaBudgetError, EngineUnavailableError) as problem:
+        if dist.get_rank() == 0:
+            print(problem, file=sys.stderr)
+        return 1
+    finally:
+        dist.destroy_process_group()
+
+
 def build(args: argparse.Namespace, device: torch.device) -> dict[About, Callable]:
     """Every contender by what its records say: a layer with its experts per engine, then the peers. Collective."""
     cfg, num_ranks = model_config(args.model, args.max_tokens), dist.get_world_size()
@@ -192,15 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         update_page(PAGE, "bench_moe.py", markdown_table(read_records(args.markdown, Record)))
         print(f"{PAGE} updated")
         return 0
-    device = join_ranks()
-    try:
-        return 0 if run(args, device) else 1
-    except (ArenaBudgetError, EngineUnavailableError) as problem:  # raised on every rank
-        if dist.get_rank() == 0:
-            print(problem, file=sys.stderr)
-        return 1
-    finally:
-        dist.destroy_process_group()
+    return on_joined_ranks(lambda device: 0 if run(args, device) else 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from bench_moe import join_ranks
+from bench_moe import on_joined_ranks
 from bench_moe_cases import BIASED_MODELS, MODELS, ROUTINGS, draw_routing, generator, model_config
 from bench_moe_run import local_experts
 from tqdm import tqdm
@@ -146,19 +146,22 @@ def soak(args: argparse.Namespace, layers: tuple[MegaMoE, MegaMoE], device: torc
                 return not has_failed
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
+def run(args: argparse.Namespace, device: torch.device) -> int:
     """Returns the exit code: 1 if a result is wrong."""
-    args = parse_args(argv)
-    device = join_ranks()
     layers = build(args, device)
     is_right = soak(args, layers, device)
     for layer in layers:
         layer.close()
     if dist.get_rank() == 0:
         print(f"{'PASS' if is_right else 'FAIL'}: {args.model}, {args.engine} against {args.against}, {dist.get_world_size()} ranks")
-    dist.destroy_process_group()
     return 0 if is_right else 1
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 1 if a result is wrong."""
+    args = parse_args(argv)
+    return on_joined_ranks(lambda device: run(args, device))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench_moe import join_ranks
+from bench_moe import on_joined_ranks
 from bench_moe_cases import BIASED_MODELS, MODELS, ROUTINGS, model_config
 from bench_moe_run import CudaTimer, Draw, local_experts, make_draw
 
 from megamoe import MegaMoE
-from megamoe.errors import ArenaBudgetError, EngineUnavailableError, check
+from megamoe.errors import check
 from megamoe.testing import timeline
 from megamoe.testing.bench import provenance
 from megamoe.testing.report import table
@@ -144,26 +144,23 @@ def show(args: argparse.Namespace, spans: np.ndarray, about: dict[str, object]) 
     return 1 if failed else 0
 
 
+def trace_and_show(args: argparse.Namespace, device: torch.device) -> int:
+    """Returns the exit code; the first rank writes and shows."""
+    found = trace(args, device)
+    if found is None:
+        return 0
+    timeline.write_trace(args.out, *found)
+    print(f"{args.out} written; open it at https://ui.perfetto.dev")
+    return show(args, *found)
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if what was asked for cannot run."""
     args = parse_args(argv)
     if args.source:
         return show(args, *timeline.read_trace(args.source))
-    device = join_ranks()
-    try:
-        found = trace(args, device)
-        if found is None:
-            return 0
-        timeline.write_trace(args.out, *found)
-        print(f"{args.out} written; open it at https://ui.perfetto.dev")
-        return show(args, *found)
-    except (ArenaBudgetError, EngineUnavailableError) as problem:  # raised on every rank
-        if dist.get_rank() == 0:
-            print(problem, file=sys.stderr)
-        return 1
-    finally:
-        dist.destroy_process_group()
+    return on_joined_ranks(lambda device: trace_and_show(args, device))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Fp4GemmConfig: the static facts of one compiled fp4_gemm, and which of them are legal on sm_90a. Pure: no torch, no CUDA."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from megamoe.errors import check
 
@@ -29,8 +31,11 @@ MAX_TOKEN_TILE_SIZES = 16
 class GemmBlock:
     """Base of the configs of kernels around the FP4 main loop: threads of a block, and its shared memory as SmemPlan of csrc has it.
 
-    Subclasses are dataclasses with these fields, and say in `fixed_bytes` and `max_gemm_bytes` what their kernel needs beside the stages.
+    Subclasses are dataclasses with these fields, and say in `registers` what their roles need, in `fixed_bytes` and `max_gemm_bytes` what
+    their kernel needs beside the stages.
     """
+
+    registers: ClassVar[Mapping[int, tuple[int, int]]]  # (math, aux) per thread by number of math warpgroups
 
     num_math_warpgroups: int
     token_tiles: tuple[int, ...]
@@ -38,6 +43,14 @@ class GemmBlock:
     max_groups: int
     fixed_bytes: int
     smem_bytes: int
+
+    @property
+    def math_registers(self) -> int:
+        return self.registers[self.num_math_warpgroups][0]
+
+    @property
+    def aux_registers(self) -> int:
+        return self.registers[self.num_math_warpgroups][1]
 
     @property
     def tile_rows(self) -> int:
@@ -110,6 +123,8 @@ class Fp4GemmConfig(GemmBlock):
         ValueError: an argument is out of range, or shared memory does not hold the stages.
     """
 
+    registers = REGISTERS
+
     num_math_warpgroups: int
     token_tiles: tuple[int, ...]
     num_stages: int
@@ -126,14 +141,6 @@ class Fp4GemmConfig(GemmBlock):
         self._check_block(OP, MAX_TOKEN_TILE[self.epilogue])
 
     @property
-    def math_registers(self) -> int:
-        return REGISTERS[self.num_math_warpgroups][0]
-
-    @property
-    def aux_registers(self) -> int:
-        return REGISTERS[self.num_math_warpgroups][1]
-
-    @property
     def loads_ahead(self) -> bool:
         return self.num_math_warpgroups == 2 and self.max_token_tile <= LOADS_AHEAD[self.epilogue]
 
@@ -144,7 +151,8 @@ class Fp4GemmConfig(GemmBlock):
 
     @property
     def fixed_bytes(self) -> int:
-        return self._bytes_beside_stages(6 if self.epilogue == "swiglu" else 4 if self.scatter else 2 if self.has_bias else 1, self.has_bias)
+        token_floats = 6 if self.epilogue == "swiglu" else 4 if self.scatter else 2 if self.has_bias else 1
+        return self._bytes_beside_stages(token_floats, self.has_bias)
 
     @property
     def smem_bytes(self) -> int:

@@ -35,6 +35,8 @@ class MegaMoeConfig(GemmBlock):
         ValueError: an argument is out of range, or shared memory does not hold the stages.
     """
 
+    registers = REGISTERS
+
     num_math_warpgroups: int
     token_tiles: tuple[int, ...]
     num_stages: int
@@ -50,14 +52,6 @@ class MegaMoeConfig(GemmBlock):
             self._need(OP, value > 0 and value % _SLICE == 0, size, f"a positive multiple of {_SLICE}", "pad the layer")
         self._need(OP, self.pull_buffers >= 1, "pull_buffers", "at least 1", "a row needs one")
         self._check_block(OP, MAX_TOKEN_TILE)
-
-    @property
-    def math_registers(self) -> int:
-        return REGISTERS[self.num_math_warpgroups][0]
-
-    @property
-    def aux_registers(self) -> int:
-        return REGISTERS[self.num_math_warpgroups][1]
 
     @property
     def max_double_buffered(self) -> int:

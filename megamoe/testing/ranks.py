@@ -38,6 +38,15 @@ class RankFailures(RuntimeError):
         super().__init__(f"{len(errors)} of {len(errors) + len(results)} ranks failed\n" + "\n".join(texts))
 
 
+def outcome(call: Callable[[], object]) -> tuple[str, str]:
+    """Type and text of what `call` raises, for a job to return; empty if it returns."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
 class RankPool:
     """`num_ranks` processes in one gloo group. They start at the first use, and again after any failure.
 

@@ -78,12 +78,3 @@ def run_cases(rank: int, num_ranks: int, engine: str, cases: list[LayerCase]) ->
 def num_calls(engine: str) -> int:
     """Of the long sequences: TEST_NUM_CALLS, or 2000 of the fused engine, whose kernels hand most over from call to call."""
     return int(os.environ.get("TEST_NUM_CALLS", 2000 if engine == "fused" else 100))
-
-
-def outcome(call) -> tuple[str, str]:
-    """Type and text of what `call` raises."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""

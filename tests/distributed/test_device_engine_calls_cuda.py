@@ -55,6 +55,11 @@ def changing_cases(cfg: MoEConfig, num_ranks: int, length: int) -> list[tuple[La
     return found
 
 
+def differing(got: list[torch.Tensor], expected: list[torch.Tensor]) -> list[int]:
+    """Numbers of the calls whose y is not the expected one, bit for bit."""
+    return [i for i, (y, due) in enumerate(zip(got, expected)) if not torch.equal(bits(y), bits(due))]
+
+
 def run_changing_calls(rank: int, num_ranks: int, engine: str, cfg: MoEConfig, length: int) -> None:
     torch.cuda.set_device(rank)
     calls, own = changing_cases(cfg, num_ranks, length), random.Random(2 + rank)
@@ -77,7 +82,7 @@ def run_changing_calls(rank: int, num_ranks: int, engine: str, cfg: MoEConfig, l
                 time.sleep(own.random() * 1e-3)
             got.append(layer(*call))
         layer.check()
-    wrong = [i for i, (y, due) in enumerate(zip(got, expected)) if not torch.equal(bits(y), bits(due))]
+    wrong = differing(got, expected)
     assert not wrong, f"{engine}, rank {rank}: calls {wrong[:10]} of {length} differ from separate ones; the first is {calls[wrong[0]][0]}"
 
 
@@ -101,7 +106,7 @@ def run_poisoned_calls(rank: int, num_ranks: int, engine: str, cfg: MoEConfig) -
                 layer.arena.view(name).view(torch.uint8).fill_(0xFF)
             got.append(layer(*call))
         layer.check()
-    wrong = [i for i, (y, due) in enumerate(zip(got, expected)) if not torch.equal(bits(y), bits(due))]
+    wrong = differing(got, expected)
     assert not wrong, f"{engine}, rank {rank}: calls {wrong[:10]} read what they had not written"
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device_engines import NUM_GPUS, bits, device_inputs, device_layer, every_engine, every_world, needs_gpus, needs_hopper, outcome
+from device_engines import NUM_GPUS, bits, device_inputs, device_layer, every_engine, every_world, needs_gpus, needs_hopper
 from test_moe import small_case
 
 from megamoe import PeerTimeoutError
 from megamoe.layers import moe
 from megamoe.testing.inputs import LayerCase
+from megamoe.testing.ranks import outcome
 
 pytestmark = needs_hopper
 

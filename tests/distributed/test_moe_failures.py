@@ -10,6 +10,7 @@ from megamoe import ArenaBudgetError, CollectiveMismatchError, EngineUnavailable
 from megamoe.formats import quantize_tokens
 from megamoe.testing.inputs import LayerCase, rank_inputs
 from megamoe.testing.layer_run import build_layer
+from megamoe.testing.ranks import outcome
 
 CFG = MoEConfig(hidden=64, intermediate=32, num_experts=8, num_topk=2, max_tokens_per_rank=16)
 CASE = LayerCase(cfg=CFG, tokens_per_rank=(5, 7))
@@ -34,14 +35,6 @@ BAD_INPUTS = {
     "group of quantised x": (lambda x, i, w: (quantize_tokens(x, group=64), i, w),
                              "MegaMoE: shape of x_sf must be [5, 2], got [5, 1]; pass one row per token"),
 }
-
-
-def outcome(call) -> tuple[str, str]:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def run_bad_input(rank: int, num_ranks: int, name: str):

@@ -13,7 +13,7 @@ from megamoe import MegaMoE, MoEConfig
 from megamoe.comm import Arena, Topology, topology
 from megamoe.engines.transports import NcclTransport, create_transport
 from megamoe.errors import ArenaError, CollectiveMismatchError, EngineUnavailableError, PeerTimeoutError
-from megamoe.testing.ranks import RankFailures
+from megamoe.testing.ranks import RankFailures, outcome
 
 CFG = MoEConfig(hidden=64, intermediate=32, num_experts=6, num_topk=2, max_tokens_per_rank=16)
 
@@ -60,14 +60,6 @@ def test_one_rank_has_no_use_for_it():
     message = "Arena: backend 'unmapped' cannot run here: it needs a group of at least two ranks; use 'local'"
     with pytest.raises(EngineUnavailableError, match=f"^{re.escape(message)}$"):
         create()
-
-
-def outcome(call) -> tuple[str, str]:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def run_engines(rank: int, num_ranks: int):

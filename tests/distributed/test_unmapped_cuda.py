@@ -15,6 +15,7 @@ from test_moe import small_case
 from megamoe import EngineUnavailableError, MegaMoE, PeerTimeoutError
 from megamoe.engines.transports import NcclTransport
 from megamoe.testing.inputs import LayerCase
+from megamoe.testing.ranks import outcome
 
 pytestmark = [needs_hopper, needs_gpus]
 NUM_RANKS = min(4, NUM_GPUS)
@@ -27,14 +28,6 @@ def nccl_group(rank: int) -> Iterator[dist.ProcessGroup]:
     group = dist.new_group(backend="nccl")
     yield group
     dist.destroy_process_group(group)
-
-
-def outcome(call) -> tuple[str, str]:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def run_cases(rank: int, num_ranks: int, cases: list[LayerCase]) -> None:

@@ -33,7 +33,8 @@ ONE = Model(dims=dims(1, 1, 1, 128, 64))
 FEW = Model(dims=dims(1, 3, 2, 256, 96), has_bias=True)
 PAIR = Model(dims=dims(2, 6, 3, 256, 160), limit=2.0)
 # Partial row blocks and K tails for every number of warpgroups: 2I = H = 320 is five row blocks, H three blocks of K, I = 160 two.
-# The limit keeps one channel of few from being the whole row: without it, a single code that rounds the other way is up to 9.4 % of a token.
+# The limit keeps one channel of few from being the whole row: without it, a single code that rounds the other way is up to 9.4 % of a
+# token.
 TILED = Model(dims=dims(2, 32, 1, 320, 160, max_tokens=2048, pool_rows=8192), limit=1.0)
 EDGE = Model(dims=dims(3, 12, 3, 96, 64, max_tokens=70), limit=10.0)
 POOLS = tuple(Model(dims=dims(2, 6, 4, 160, 96, pool_rows=rows)) for rows in (64, 128, 256))

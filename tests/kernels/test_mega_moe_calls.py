@@ -32,8 +32,8 @@ def test_a_missing_rank_is_named_and_the_call_after_a_reset_works(compiled):
         assert failure.describe(rank, 1.0) in (
             f"rank {rank}: no combine_ready from rank 2 within 1.0 s in combine (expected epoch 1, got 0); rank 2 is silent: see its log, "
             "then restart it or call reset() on every rank",
-            f"rank {rank}: rank {1 - rank} aborted (rank 2 was silent) while this rank was in combine; see the log of rank 2, then restart it "
-            "or call reset() on every rank")
+            f"rank {rank}: rank {1 - rank} aborted (rank 2 was silent) while this rank was in combine; see the log of rank 2, then "
+            "restart it or call reset() on every rank")
     ranks.launch((2,), outputs)
     assert outputs[2].isnan().all(), "a rank that comes late finds all signals there, and the abort word"
     ranks.start_over()

@@ -176,7 +176,8 @@ struct Explorer {
   bool is_over(const State& s) const {
     for (uint32 b = 0; b < kBlocks; ++b) {
       const BlockState& block = s.blocks[b];
-      if (!block.is_done || block.num_tasks + block.num_unpublished > 0 || block.num_landed < num_rows(b) || block.num_folded < num_rows(b)) return false;
+      const bool has_tasks = !block.is_done || block.num_tasks + block.num_unpublished > 0;
+      if (has_tasks || block.num_landed < num_rows(b) || block.num_folded < num_rows(b)) return false;
     }
     return true;
   }

@@ -79,7 +79,8 @@ void draw_seed(World& world, int64 epoch, bool waits_in_pull) {
     bool has_tokens = true;
     for (uint32 r = 0; r < world.num_ranks; ++r) has_tokens = has_tokens && Inputs{world, epoch, r}.num_tokens() > 0;
     const MoeStreamShape shape = draw_shape(world, kCulprit, epoch);
-    return has_tokens && busy_experts_of(world, kCulprit, epoch) > (waits_in_pull ? shape.ring.num_slots : 0) && shape.band_tiles == 1 && shape.lag_tiles == 0 &&
+    const uint32 num_slots = waits_in_pull ? shape.ring.num_slots : 0;
+    return has_tokens && busy_experts_of(world, kCulprit, epoch) > num_slots && shape.band_tiles == 1 && shape.lag_tiles == 0 &&
            Inputs{world, epoch, kCulprit}.num_tokens() == kMaxTokens;
   };
   while (!fits()) ++world.seed;
