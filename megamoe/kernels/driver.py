@@ -6,7 +6,7 @@ ctypes on libcuda itself: a launch passes prebuilt structs by address, which cos
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megamoe.errors import EngineUnavailableError
@@ -15,7 +15,9 @@ from megamoe.errors import EngineUnavailableError
 _SHARED_SIZE_BYTES, _MAX_DYNAMIC_SHARED_SIZE_BYTES = 1, 8  # CUfunction_attribute
 _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # CUdevice_attribute
 COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
-_UINT8, _NO_INTERLEAVE, _L2_PROMOTION_256B, _ZERO_FILL = 0, 0, 3, 0  # CUtensorMap*
+_UNSIGNED = {1: 0, 2: 1, 4: 2, 8: 4}  # bytes -> CUtensorMapDataType
+_NO_INTERLEAVE, _ZERO_FILL = 0, 0  # CUtensorMap*
+L2_PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}  # bytes -> CUtensorMapL2promotion
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # bytes -> CUtensorMapSwizzle
 
 
@@ -107,15 +109,17 @@ def load(code: bytes, entry: str, device: int) -> Function:
     return Function(function, dynamic)
 
 
-def encode_tensor_map(address: int, rows: int, cols: int, row_bytes: int, box_rows: int, box_cols: int, swizzle_bytes: int) -> TensorMap:
-    """A tiled map of bytes [rows, cols]; what a box reads outside is zero."""
+def encode_tensor_map(address: int, element_bytes: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int],
+                      swizzle_bytes: int, l2_bytes: int) -> TensorMap:
+    """A tiled map; what a box reads outside is zero. Sizes, box (elements) and strides (bytes) outermost first; the last has no stride."""
     # The driver wants the map at a multiple of 64 bytes, which ctypes does not promise.
     buffer = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + TensorMap.alignment)
     aligned = TensorMap.from_buffer(buffer, -ctypes.addressof(buffer) % TensorMap.alignment)
+    rank = len(sizes)
     status = library().cuTensorMapEncodeTiled(
-        ctypes.byref(aligned), _UINT8, 2, ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(cols, rows), (ctypes.c_uint64 * 1)(row_bytes),
-        (ctypes.c_uint32 * 2)(box_cols, box_rows), (ctypes.c_uint32 * 2)(1, 1),
-        _NO_INTERLEAVE, SWIZZLES[swizzle_bytes], _L2_PROMOTION_256B, _ZERO_FILL)
-    check(status, f"describing a tensor of {rows} x {cols} bytes, box {box_rows} x {box_cols}")
+        ctypes.byref(aligned), _UNSIGNED[element_bytes], rank, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*reversed(sizes)), (ctypes.c_uint64 * (rank - 1))(*reversed(strides)),
+        (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*[1] * rank),
+        _NO_INTERLEAVE, SWIZZLES[swizzle_bytes], L2_PROMOTIONS[l2_bytes], _ZERO_FILL)
+    check(status, f"describing a tensor of {list(sizes)} x {element_bytes} bytes, box {list(box)}")
     return aligned

@@ -15,9 +15,9 @@ from megamoe.kernels import jit
 from megamoe.kernels.codegen import emit_struct
 from megamoe.kernels.driver import TensorMap
 from megamoe.kernels.fp4_gemm_config import (
-    BLOCK_K, MAX_TOKEN_TILE_SIZES, OP, Fp4GemmConfig, GemmBlock, largest_workspace_bytes,
+    BLOCK_K, MAX_TOKEN_TILE_SIZES, OP, UNIT_MAP_LINES, Fp4GemmConfig, GemmBlock, largest_workspace_bytes,
 )
-from megamoe.kernels.launch import Params, params_struct, tensor_map_2d
+from megamoe.kernels.launch import Params, params_struct, tensor_map
 from megamoe.kernels.wgmma_source import wgmma_e5m2_e4m3
 
 ENTRY = "fp4_gemm"
@@ -29,7 +29,7 @@ Grouping = params_struct("Grouping", [
     ("offsets", _pointer), ("bounds", _pointer), ("counts", _pointer), ("num_groups", _u32), ("num_rows", _u32), ("group_stride", _u32),
 ])
 Fp4GemmParams = params_struct("Fp4GemmParams", [
-    ("x_maps", TensorMap * MAX_TOKEN_TILE_SIZES), ("w_blocks", _pointer), ("w_row_base", _pointer), ("x_sf", _pointer), ("out", _pointer),
+    ("x_maps", TensorMap * MAX_TOKEN_TILE_SIZES), ("w_map", TensorMap), ("w_row_base", _pointer), ("x_sf", _pointer), ("out", _pointer),
     ("row_dst", _pointer), ("grouping", Grouping), ("n", _u32), ("num_row_blocks", _u32), ("num_k_blocks", _u32), ("workspace", _pointer),
     ("bias", _pointer), ("row_weight", _pointer), ("a_codes", _pointer), ("a_sf", _pointer), ("limit", _f32), ("alpha", _f32),
     ("up_bias", _f32),
@@ -147,19 +147,22 @@ def _params(weight, config, workspace, limit, alpha, up_bias, codes, sf, blocks,
     num_rows, num_groups = codes.shape[0], weight.shape[0]
     grouping = Grouping(_address(offsets), _address(bounds), _address(counts), num_groups=num_groups, num_rows=num_rows,
                         group_stride=num_rows // num_groups)
-    return gemm_params(codes, weight, config.token_tiles, grouping, x_sf=sf, out=out, row_dst=row_dst, workspace=workspace, bias=bias,
+    return gemm_params(codes, weight, config, grouping, x_sf=sf, out=out, row_dst=row_dst, workspace=workspace, bias=bias,
                        row_weight=row_weight, a_codes=a_codes, a_sf=a_sf, limit=limit, alpha=alpha, up_bias=up_bias)
 
 
-def gemm_params(x: torch.Tensor, weight: Sm90Weight, token_tiles: tuple[int, ...], grouping: Grouping,
+def gemm_params(x: torch.Tensor, weight: Sm90Weight, config: GemmBlock, grouping: Grouping,
                 **operands: torch.Tensor | float | None) -> Params:
     """The parameter block for tokens x [R, K] and a weight. `operands`: other members, a tensor for its address."""
-    _, num_row_blocks, num_k_blocks, _ = weight.blocks.shape
+    num_groups, num_row_blocks, num_k_blocks, _ = weight.blocks.shape
     values = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in operands.items()}
-    params = Fp4GemmParams.allocate(w_blocks=_address(weight.blocks), w_row_base=_address(weight.row_base), grouping=grouping,
+    params = Fp4GemmParams.allocate(w_row_base=_address(weight.row_base), grouping=grouping,
                                     n=weight.shape[1], num_row_blocks=num_row_blocks, num_k_blocks=num_k_blocks, **values)
-    for i, tokens in enumerate(token_tiles):
-        params.x_maps[i] = tensor_map_2d(x, tokens, BLOCK_K)
+    for i, tokens in enumerate(config.token_tiles):
+        params.x_maps[i] = tensor_map(x, (tokens, BLOCK_K), swizzle_bytes=128, l2_bytes=256)
+    # Units as lines of 8-byte words, WeightUnit::kMapLines of them: a side of a box has 256 elements at most.
+    units = weight.blocks.view(torch.int64).view(num_groups, num_row_blocks, num_k_blocks * UNIT_MAP_LINES, -1)
+    params.w_map = tensor_map(units, (1, config.num_math_warpgroups, UNIT_MAP_LINES, units.shape[-1]))
     return params
 
 

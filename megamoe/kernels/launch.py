@@ -117,34 +117,39 @@ def _alignment(kind: type) -> int:
     return getattr(kind, "alignment", None) or ctypes.alignment(kind)
 
 
-def tensor_map_2d(tensor: torch.Tensor, box_rows: int, box_cols: int, swizzle_bytes: int = 128) -> TensorMap:
-    """Describe a matrix of bytes for tensor copies of [box_rows, box_cols]; what a box reads outside the matrix is zero.
+def tensor_map(tensor: torch.Tensor, box: tuple[int, ...], swizzle_bytes: int = 0, l2_bytes: int = 0) -> TensorMap:
+    """Describe a tensor for tensor copies of a box; what a box reads outside the tensor is zero.
 
     Args:
-        tensor: [rows, cols] of a 1-byte dtype, cols contiguous, rows at multiples of 16 bytes, on a GPU.
-        box_rows, box_cols: 1 to 256; with a swizzle, box_cols is at most its width.
+        tensor: of 2 to 5 dimensions on a GPU, the last contiguous, the others at multiples of 16 bytes.
+        box: elements of each dimension, 1 to 256; the last is a multiple of 16 bytes and, with a swizzle, at most its width.
         swizzle_bytes: 0, 32, 64 or 128.
+        l2_bytes: 0, 64, 128 or 256: what a copy fetches to L2 at least. More than the box wants is wasted where no other box follows.
 
     Returns:
         128 bytes to assign to a member of a parameter block. Cached by address, shape, strides and box: do not write to it.
 
     Raises:
-        ValueError: the tensor or the box is not of this kind; an empty matrix has no map.
+        ValueError: the tensor or the box is not of this kind; an empty tensor has no map.
     """
-    return _tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, box_rows, box_cols, swizzle_bytes)
+    return _tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype.itemsize, box, swizzle_bytes, l2_bytes)
 
 
 @functools.lru_cache(maxsize=_MAX_TENSOR_MAPS)
-def _tensor_map(address: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, box_rows: int, box_cols: int,
-                swizzle_bytes: int) -> TensorMap:
-    op = "tensor_map_2d"
-    is_matrix = len(shape) == 2 and min(shape) > 0
-    check(is_matrix, op, "shape", "[rows, cols] with neither zero", list(shape), "launch nothing for an empty tensor")
-    check(dtype.itemsize == 1, op, "dtype", "of one byte per element", dtype, "view it as uint8")
-    check(stride[1] == 1 and stride[0] % 16 == 0, op, "strides", "(a multiple of 16, 1)", stride, "call .contiguous() or pad the rows")
+def _tensor_map(address: int, shape: torch.Size, strides: tuple[int, ...], itemsize: int, box: tuple[int, ...], swizzle_bytes: int,
+                l2_bytes: int) -> TensorMap:
+    op = "tensor_map"
+    is_tensor = 2 <= len(shape) <= 5 and min(shape) > 0
+    check(is_tensor, op, "shape", "2 to 5 dimensions, none zero", list(shape), "launch nothing for an empty tensor")
+    *outer, last = (stride * itemsize for stride in strides)
+    are_legal = last == itemsize and all(stride % 16 == 0 for stride in outer)
+    check(are_legal, op, "strides", "multiples of 16 bytes, the last 1 element", strides, "call .contiguous() or pad the rows")
     check(address % 16 == 0, op, "data_ptr", "a multiple of 16", address, "do not start the tensor inside a 16-byte block")
     check(swizzle_bytes in driver.SWIZZLES, op, "swizzle_bytes", f"one of {tuple(driver.SWIZZLES)}", swizzle_bytes, "pick one of them")
-    widest = swizzle_bytes or 256
-    fits = 1 <= box_rows <= 256 and 16 <= box_cols <= widest and box_cols % 16 == 0
-    check(fits, op, "box", f"[1..256, multiple of 16 up to {widest}]", [box_rows, box_cols], "copy in several boxes")
-    return driver.encode_tensor_map(address, shape[0], shape[1], stride[0], box_rows, box_cols, swizzle_bytes)
+    check(l2_bytes in driver.L2_PROMOTIONS, op, "l2_bytes", f"one of {tuple(driver.L2_PROMOTIONS)}", l2_bytes, "pick one of them")
+    fits = len(box) == len(shape) and all(1 <= side <= 256 for side in box) and box[-1] * itemsize % 16 == 0
+    fits = fits and (not swizzle_bytes or box[-1] * itemsize <= swizzle_bytes)
+    widest = f"{swizzle_bytes} bytes" if swizzle_bytes else "256 elements"
+    check(fits, op, "box", f"a side of 1..256 per dimension, the last a multiple of 16 bytes up to {widest}", list(box),
+          "copy in several boxes")
+    return driver.encode_tensor_map(address, itemsize, shape, outer, box, swizzle_bytes, l2_bytes)

@@ -197,10 +197,10 @@ class MegaMoe:
         grouping = Grouping.allocate(offsets=routed.offsets.data_ptr(), num_groups=dims.num_experts // dims.num_ranks,
                                      num_rows=num_entries(dims))
         pool_sf, has_bias = pool["pool_x_sf"].view(-1), experts.down_bias is not None
-        gate_up = gemm_params(pool["pool_x"], experts.gate_up, config.token_tiles, grouping, x_sf=pool_sf, bias=experts.gate_up_bias,
+        gate_up = gemm_params(pool["pool_x"], experts.gate_up, config, grouping, x_sf=pool_sf, bias=experts.gate_up_bias,
                               row_weight=self._row_weight, a_codes=pool["pool_a"], a_sf=pool["pool_a_sf"], limit=experts.limit,
                               alpha=experts.alpha, up_bias=experts.up_bias)
-        down = gemm_params(pool["pool_a"], experts.down, config.token_tiles, grouping, x_sf=self._act_row_sf, row_dst=self._row_dst,
+        down = gemm_params(pool["pool_a"], experts.down, config, grouping, x_sf=self._act_row_sf, row_dst=self._row_dst,
                            bias=experts.down_bias, row_weight=self._row_weight if has_bias else None)
         stream = stream_shape(config, dims, self.num_blocks)
         row_blocks = (_u32 * 2)(gate_up.num_row_blocks, down.num_row_blocks)

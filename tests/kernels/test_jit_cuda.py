@@ -16,7 +16,7 @@ import torch
 from megamoe.env import Env
 from megamoe.kernels import compiler, jit
 from megamoe.kernels.driver import TensorMap
-from megamoe.kernels.launch import params_struct, tensor_map_2d
+from megamoe.kernels.launch import params_struct, tensor_map
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_hopper = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90 or later")
@@ -161,9 +161,9 @@ def test_tensor_map():
     padded = torch.zeros(32, 80, dtype=torch.uint8)
     padded[:20, :40] = x[:, :40].cpu()
     out = torch.full((128,), 255, dtype=torch.uint8, device="cuda")
-    tensor_map = tensor_map_2d(x[:, :40], 8, 16, swizzle_bytes=0)
+    box = tensor_map(x[:, :40], (8, 16))
     for row, col in ((0, 0), (3, 16), (16, 32), (24, 0)):
-        kernel.launch(1, 128, 0, CopyParams.allocate(out=out.data_ptr(), map=tensor_map, row=row, col=col), stream())
+        kernel.launch(1, 128, 0, CopyParams.allocate(out=out.data_ptr(), map=box, row=row, col=col), stream())
         assert torch.equal(out.cpu().view(8, 16), padded[row : row + 8, col : col + 16]), "zeros outside"
 
 

@@ -56,7 +56,7 @@ def launches(monkeypatch) -> list:
     monkeypatch.setattr(fp4_gemm, "num_sms", lambda device: 8)
     monkeypatch.setattr(fp4_gemm, "_workspace", lambda device, stream, num_bytes: WORKSPACE)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(fp4_gemm, "tensor_map_2d", lambda x, rows, cols: fp4_gemm.TensorMap((rows, cols)))
+    monkeypatch.setattr(fp4_gemm, "tensor_map", lambda x, box, **options: fp4_gemm.TensorMap((x.data_ptr(), *box)))
     fp4_gemm._launches.clear()
     yield recorded
     fp4_gemm._launches.clear()
@@ -95,9 +95,10 @@ def test_what_a_launch_gets(launches):
     (grid, block, smem, params), again = launches
     assert again[3] is params, "built once"
     assert (grid, block, smem) == (8, 384, STORE.smem_bytes) and smem <= MAX_SMEM_BYTES
-    assert [params.x_maps[i].opaque[0] for i in range(3)] == [16, 64, 0] and params.x_maps[1].opaque[1] == 128
-    assert (params.w_blocks, params.w_row_base, params.x_sf, params.out) == tuple(
-        t.data_ptr() for t in (w.blocks, w.row_base, given["sf"], given["out"]))
+    x = given["codes"].data_ptr()
+    assert [list(params.x_maps[i].opaque[:3]) for i in range(3)] == [[x, 16, 128], [x, 64, 128], [0, 0, 0]]
+    assert list(params.w_map.opaque[:5]) == [w.blocks.data_ptr(), 1, 2, 4, 136], "all row blocks of a tile, one block of K"
+    assert (params.w_row_base, params.x_sf, params.out) == tuple(t.data_ptr() for t in (w.row_base, given["sf"], given["out"]))
     assert params.workspace == WORKSPACE.data_ptr()
     assert (params.n, params.num_row_blocks, params.num_k_blocks) == (192, 3, 2)
     grouping = params.grouping

@@ -12,7 +12,7 @@ import torch
 from megamoe.kernels import driver, launch
 from megamoe.kernels.compiler import Cubin
 from megamoe.kernels.driver import LaunchAttribute, LaunchConfig, TensorMap
-from megamoe.kernels.launch import Kernel, params_struct, tensor_map_2d
+from megamoe.kernels.launch import Kernel, params_struct, tensor_map
 
 CUBIN = Cubin(b"code", "", 168, 0, 0)
 Params = params_struct("Params", [("out", ctypes.c_void_p), ("x_maps", TensorMap * 2), ("rows", ctypes.c_uint32)])
@@ -160,7 +160,7 @@ def aligned(rows: int, cols: int) -> torch.Tensor:
 
 def test_what_a_tensor_map_says(fake):
     x = aligned(100, 7168)[:, :2880].view(torch.float8_e4m3fn)
-    found = tensor_map_2d(x, 64, 128)
+    found = tensor_map(x, (64, 128), swizzle_bytes=128, l2_bytes=256)
     # UINT8, 2-D, columns first, row stride in bytes, 128-byte swizzle, L2 promotion 256 B, zeros outside
     assert fake.maps == [(0, 2, x.data_ptr(), (2880, 100), (7168,), (128, 64), (1, 1), 0, 3, 3, 0)]
     assert bytes(found) == bytes([1] + [0] * 127)
@@ -169,39 +169,56 @@ def test_what_a_tensor_map_says(fake):
     assert bytes(block)[192:320] == bytes(found)
 
 
+def test_a_tensor_map_of_words(fake):
+    x = torch.zeros(3, 2, 8, 136, dtype=torch.int64)
+    tensor_map(x[1:], (1, 4, 4, 136))
+    # UINT64, 4-D, the last dimension first, strides in bytes
+    assert fake.maps == [(4, 4, x[1:].data_ptr(), (136, 8, 2, 2), (1088, 8704, 17408), (136, 4, 4, 1), (1, 1, 1, 1), 0, 0, 0, 0)]
+
+
 def test_tensor_maps_are_cached_by_what_they_describe(fake):
     x = aligned(64, 256)
-    first = tensor_map_2d(x, 64, 128)
-    assert tensor_map_2d(x[:, :], 64, 128) is first and len(fake.maps) == 1
-    variants = [tensor_map_2d(x[:32], 64, 128), tensor_map_2d(x[32:], 64, 128), tensor_map_2d(x, 32, 128), tensor_map_2d(x, 64, 64),
-                tensor_map_2d(x, 64, 32, swizzle_bytes=32), tensor_map_2d(x.view(128, 128), 64, 128), tensor_map_2d(x[:, :128], 64, 128)]
-    assert len({id(v) for v in [first, *variants]}) == 8 and len(fake.maps) == 8
+    first = tensor_map(x, (64, 128))
+    assert tensor_map(x[:, :], (64, 128)) is first and len(fake.maps) == 1
+    variants = [tensor_map(x[:32], (64, 128)), tensor_map(x[32:], (64, 128)), tensor_map(x, (32, 128)), tensor_map(x, (64, 64)),
+                tensor_map(x, (64, 128), swizzle_bytes=128), tensor_map(x.view(128, 128), (64, 128)), tensor_map(x[:, :128], (64, 128)),
+                tensor_map(x, (64, 128), l2_bytes=64), tensor_map(x.view(torch.int16), (64, 128))]
+    assert len({id(v) for v in [first, *variants]}) == 10 and len(fake.maps) == 10
+
+
+BOX = "a side of 1..256 per dimension, the last a multiple of 16 bytes up to"
 
 
 @pytest.mark.parametrize("tensor, box, message", [
-    (aligned(0, 128), (8, 128), "shape must be [rows, cols] with neither zero, got [0, 128]; launch nothing for an empty tensor"),
-    (aligned(8, 128)[0], (8, 128), "shape must be [rows, cols] with neither zero, got [128]; launch nothing for an empty tensor"),
-    (aligned(8, 128).short(), (8, 128), "dtype must be of one byte per element, got torch.int16; view it as uint8"),
-    (aligned(128, 8).T, (8, 128), "strides must be (a multiple of 16, 1), got (1, 8); call .contiguous() or pad the rows"),
-    (aligned(8, 120), (8, 64), "strides must be (a multiple of 16, 1), got (120, 1); call .contiguous() or pad the rows"),
-    (aligned(8, 128), (257, 128), "box must be [1..256, multiple of 16 up to 128], got [257, 128]; copy in several boxes"),
-    (aligned(8, 256), (8, 256), "box must be [1..256, multiple of 16 up to 128], got [8, 256]; copy in several boxes"),
-    (aligned(8, 256), (8, 24), "box must be [1..256, multiple of 16 up to 128], got [8, 24]; copy in several boxes")])
+    (aligned(0, 128), (8, 128), "shape must be 2 to 5 dimensions, none zero, got [0, 128]; launch nothing for an empty tensor"),
+    (aligned(8, 128)[0], (128,), "shape must be 2 to 5 dimensions, none zero, got [128]; launch nothing for an empty tensor"),
+    (aligned(128, 8).T, (8, 128), "strides must be multiples of 16 bytes, the last 1 element, got (1, 8); call .contiguous() or pad the rows"),
+    (aligned(8, 120), (8, 64), "strides must be multiples of 16 bytes, the last 1 element, got (120, 1); call .contiguous() or pad the rows"),
+    (aligned(8, 120).short(), (8, 60), f"box must be {BOX} 128 bytes, got [8, 60]; copy in several boxes"),
+    (aligned(8, 128), (257, 128), f"box must be {BOX} 128 bytes, got [257, 128]; copy in several boxes"),
+    (aligned(8, 256), (8, 256), f"box must be {BOX} 128 bytes, got [8, 256]; copy in several boxes"),
+    (aligned(8, 256), (8, 24), f"box must be {BOX} 128 bytes, got [8, 24]; copy in several boxes"),
+    (aligned(8, 256), (1, 8, 32), f"box must be {BOX} 128 bytes, got [1, 8, 32]; copy in several boxes")])
 def test_tensors_without_a_map_are_refused(fake, tensor, box, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(f'tensor_map_2d: {message}')}$"):
-        tensor_map_2d(tensor, *box)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'tensor_map: {message}')}$"):
+        tensor_map(tensor, box, swizzle_bytes=128)
     assert fake.maps == []
 
 
 def test_other_refusals(fake):
     x = aligned(9, 128)
-    message = f"tensor_map_2d: data_ptr must be a multiple of 16, got {x.data_ptr() + 8}; do not start the tensor inside a 16-byte block"
+    message = f"tensor_map: data_ptr must be a multiple of 16, got {x.data_ptr() + 8}; do not start the tensor inside a 16-byte block"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        tensor_map_2d(x.flatten()[8:1032].view(8, 128), 8, 128)
-    message = "tensor_map_2d: swizzle_bytes must be one of (0, 32, 64, 128), got 16; pick one of them"
+        tensor_map(x.flatten()[8:1032].view(8, 128), (8, 128))
+    for option, given, legal in (("swizzle_bytes", 16, (0, 32, 64, 128)), ("l2_bytes", 32, (0, 64, 128, 256))):
+        message = f"tensor_map: {option} must be one of {legal}, got {given}; pick one of them"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            tensor_map(x, (8, 16), **{option: given})
+    message = f"tensor_map: box must be {BOX} 256 elements, got [8, 272]; copy in several boxes"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        tensor_map_2d(x, 8, 16, swizzle_bytes=16)
+        tensor_map(aligned(8, 512), (8, 272))
     fake.status = 1
-    message = "CUDA driver: describing a tensor of 9 x 128 bytes, box 8 x 128 failed with CUDA_ERROR_INVALID_VALUE (1): invalid argument"
+    message = ("CUDA driver: describing a tensor of [9, 128] x 1 bytes, box [8, 128] failed with CUDA_ERROR_INVALID_VALUE (1): "
+               "invalid argument")
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        tensor_map_2d(x, 8, 128)
+        tensor_map(x, (8, 128))

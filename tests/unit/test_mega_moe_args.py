@@ -100,7 +100,7 @@ class Rank:
 
     def __init__(self, monkeypatch, has_bias: bool = True):
         self.maps = []
-        monkeypatch.setattr(fp4_gemm, "tensor_map_2d", self.tensor_map)
+        monkeypatch.setattr(fp4_gemm, "tensor_map", self.tensor_map)
         self.layout, cpu = pack(DIMS), torch.device("cpu")
         self.bytes = torch.zeros(self.layout.num_bytes, dtype=torch.uint8)
         self.calls = DeviceCalls(cpu, 1, 2, 0.5)
@@ -109,8 +109,8 @@ class Rank:
         self.routed = RoutedRows(torch.zeros(96, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
         self.experts = self.make_experts(has_bias)
 
-    def tensor_map(self, tensor, box_rows, box_cols):
-        self.maps.append((tensor.data_ptr(), tuple(tensor.shape), box_rows, box_cols))
+    def tensor_map(self, tensor, box, **options):
+        self.maps.append((tensor.data_ptr(), tuple(tensor.shape), box))
         return TensorMap((ctypes.c_uint64 * 16)(*[len(self.maps)] * 16))
 
     def make_experts(self, has_bias: bool) -> mega_moe.MegaExperts:
@@ -132,11 +132,13 @@ def test_both_linears_read_and_write_the_pool(monkeypatch):
     p = rank.params()
     gate_up, down = p.linear
     experts, mega = rank.experts, rank.mega
-    assert rank.maps == [(rank.address("pool_x"), (256, 96), 8, 128), (rank.address("pool_x"), (256, 96), 16, 128),
-                         (rank.address("pool_a"), (256, 64), 8, 128), (rank.address("pool_a"), (256, 64), 16, 128)]
-    assert [list(linear.x_maps[i].opaque)[0] for linear in p.linear for i in range(3)] == [1, 2, 0, 3, 4, 0]
-    assert (gate_up.w_blocks, gate_up.w_row_base) == (experts.gate_up.blocks.data_ptr(), experts.gate_up.row_base.data_ptr())
-    assert (down.w_blocks, down.w_row_base) == (experts.down.blocks.data_ptr(), experts.down.row_base.data_ptr())
+    weights = [(w.blocks.data_ptr(), (3, 2, 4, 136), (1, CONFIG.num_math_warpgroups, 4, 136)) for w in (experts.gate_up, experts.down)]
+    x, a = rank.address("pool_x"), rank.address("pool_a")
+    assert rank.maps == [(x, (256, 96), (8, 128)), (x, (256, 96), (16, 128)), weights[0],
+                         (a, (256, 64), (8, 128)), (a, (256, 64), (16, 128)), weights[1]]
+    assert [list(linear.x_maps[i].opaque)[0] for linear in p.linear for i in range(3)] == [1, 2, 0, 4, 5, 0]
+    assert [linear.w_map.opaque[0] for linear in p.linear] == [3, 6]
+    assert (gate_up.w_row_base, down.w_row_base) == (experts.gate_up.row_base.data_ptr(), experts.down.row_base.data_ptr())
     assert (gate_up.n, gate_up.num_row_blocks, gate_up.num_k_blocks) == (128, 2, 1)
     assert (down.n, down.num_row_blocks, down.num_k_blocks) == (96, 2, 1)
     assert gate_up.x_sf == p.pool_sf == rank.address("pool_x_sf") and p.pool_codes == rank.address("pool_x")
@@ -177,7 +179,7 @@ def test_a_call_sets_only_what_is_its_own(monkeypatch):
     first = rank.params(num_tokens=5)
     assert (first.y, first.num_tokens, first.row_entry) == (rank.y.data_ptr(), 5, rank.routed.row_entry.data_ptr())
     again = rank.params(num_tokens=3)
-    assert again is first and (again.y, again.num_tokens) == (rank.y.data_ptr(), 3) and len(rank.maps) == 4
+    assert again is first and (again.y, again.num_tokens) == (rank.y.data_ptr(), 3) and len(rank.maps) == 6
     rank.routed = RoutedRows(rank.routed.row_entry, torch.zeros(4, dtype=torch.int32))
     moved = rank.params()
     assert moved is not first and moved.linear[1].grouping.offsets == rank.routed.offsets.data_ptr()

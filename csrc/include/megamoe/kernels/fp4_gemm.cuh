@@ -28,6 +28,7 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
   const uint32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
   if (threadIdx.x == kMathWarps * 32) {
+    ptx::prefetch_tensor_map(&p.w_map);
     for (uint32 i = 0; i < Config::TokenTiles::kCount; ++i) ptx::prefetch_tensor_map(&p.x_maps[i]);
     Pipeline<Config::kStages>::init(base + Plan::kBarriers, kMathWarps);
     TilePipeline::init(base + Plan::kTileBarriers, kMathWarps + 1);

@@ -15,7 +15,7 @@ constexpr uint32 kMaxTokenTileSizes = 16;
 
 struct Fp4GemmParams {
   ptx::TensorMap x_maps[kMaxTokenTileSizes];  // codes of x [num_rows, K]; box [token tile, 128]
-  const uint8* w_blocks;                      // [G, num_row_blocks, num_k_blocks, 4352]
+  ptx::TensorMap w_map;                       // weight units [G, num_row_blocks, num_k_blocks]; box [1, math warpgroups, 1]
   const uint8* w_row_base;                    // [G, 64 * num_row_blocks]
   const uint8* x_sf;                          // [num_rows] UE8M0
   Bf16* out;                                  // [num_rows, n]: epilogues store and accumulate, unless they scatter

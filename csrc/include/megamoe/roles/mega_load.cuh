@@ -37,18 +37,15 @@ struct TaskFeed {
 
 // Streams the weights of a task for blocks [begin, end) of its K.
 template <class Config>
-MEGAMOE_DEVICE void load_weights(const MegaMoeParams& p, const Tile& tile, uint32 begin, uint32 end, uint32 base,
-                                 Pipeline<Config::kStages>& pipe) {
+MEGAMOE_DEVICE void stream_weights(const Fp4GemmParams& linear, const Tile& tile, uint32 begin, uint32 end, uint32 base,
+                                   Pipeline<Config::kStages>& pipe) {
   using Plan = SmemPlan<Config>;
-  const Fp4GemmParams& linear = p.linear[tile.linear];
-  const uint32 row_block = tile.row_tile * Config::kMathWarpgroups;
-  const WeightUnits<Config> units(linear, tile.group, row_block, tile.num_k);
+  const WeightTile<Config> weights(linear, tile);
   const uint64 policy = tile.is_only_reader ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-  const uint8* weights = units.first + begin * units.kBytes;
 #pragma unroll 1
-  for (uint32 k = begin; k < end; ++k, pipe.advance(), weights += units.kBytes) {
-    pipe.acquire(units.num_row_blocks * units.kBytes);
-    units.load(weights, base + pipe.stage * Plan::kStageBytes, pipe.full(), policy);
+  for (uint32 k = begin; k < end; ++k, pipe.advance()) {
+    pipe.acquire(Plan::kWeightBytes);
+    weights.load(k, base + pipe.stage * Plan::kStageBytes, pipe.full(), policy);
   }
 }
 
@@ -66,7 +63,7 @@ MEGAMOE_DEVICE void mega_load_weights(const MegaBlock<Layout, Config>& block, Ti
 #pragma unroll 1
     for (uint32 part = 0, k = 0; part < 3; ++part) {
       const uint32 left = part == 0 ? kClaimAhead : part == 1 ? kHandOverAhead : 0, until = task->num_k > left ? task->num_k - left : 0;
-      load_weights<Config>(block.p, *task, k, until, block.base, pipe);
+      stream_weights<Config>(block.p.linear[task->linear], *task, k, until, block.base, pipe);
       k = until;
       if (part == 0) feed.claim();
       if (part == 1) next = feed.hand_over();

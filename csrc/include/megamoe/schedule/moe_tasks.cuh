@@ -61,14 +61,11 @@ struct BandWalk {
     first = end();
     count = 0;
     if (first < table.num_tiles) {
-      group = table.group_of_tile(first);
-      count = min_of(shape.band_tiles, end_of_group() - first);
+      group = table.group_of_tile(first, group);
+      count = min_of(shape.band_tiles, table.end_tile(group) - first);
     }
     return count > 0;
   }
-
- private:
-  MEGAMOE_HOST_DEVICE uint32 end_of_group() const { return table.entries[group].first_tile + table.num_token_tiles(group); }
 };
 
 template <class Config>
