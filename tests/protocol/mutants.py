@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant("lag_with_the_wrong_sign", TASKS, "trail.end() + shape.lag_tiles <= lead.end()", "trail.end() <= lead.end() + shape.lag_tiles",
            "order"),
     Mutant("linear_2_after_all_of_linear_1", TASKS, "if (has_lead && !is_due)", "if (has_lead)", "order"),
-    Mutant("bands_across_experts", TASKS, "min_of(shape.band_tiles, table.end_tile(group) - first)", "shape.band_tiles", "order"),
+    Mutant("bands_across_experts", TASKS, "min_of(shape.band_tiles, end_of_group - first)", "shape.band_tiles", "order"),
     Mutant("last_tile_too_long", TASKS, "entry.count - (number - entry.first_tile) * tokens", "entry.count", "order"),
     Mutant("row_of_the_wrong_tile", TASKS, "min_of(tokens, entry.count - tile * tokens)", "tokens", "order"),
     # Signals and failures.

@@ -10,7 +10,7 @@ namespace megamoe {
 // The next task is claimed and handed over when so many blocks of K of the current one are left to load: early enough that neither the
 // atomic's way to L2 nor the search is between two tasks, where math waited 1 to 4 us for them (H200, 2026-11-21); late enough not to keep
 // a task from a block that is idle.
-constexpr uint32 kClaimAhead = 6, kHandOverAhead = 4;
+constexpr uint32 kClaimAhead = 10, kHandOverAhead = 4;
 
 // Hands the block's tasks over to its roles.
 template <class Config>

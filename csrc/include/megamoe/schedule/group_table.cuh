@@ -36,11 +36,6 @@ struct GroupTable {
   // The group of a tile, or of a row if rows are grouped by offsets. A scan from one group to the next made math wait 23 to 35 us for each
   // of its first tasks where 6 of 384 groups have rows (H200, 14421e3).
   MEGAMOE_HOST_DEVICE uint32 group_of_tile(uint32 tile) const { return last_not_beyond<&GroupEntry::first_tile>(tile); }
-  // For a walk, with the group of a tile before. Most often the next group has tiles, and a search would cost 0.5 us (H200, 2026-11-21).
-  MEGAMOE_HOST_DEVICE uint32 group_of_tile(uint32 tile, uint32 before) const {
-    if (tile < end_tile(before)) return before;
-    return tile < end_tile(before + 1) ? before + 1 : group_of_tile(tile);
-  }
   MEGAMOE_HOST_DEVICE uint32 group_of_row(uint32 row) const { return last_not_beyond<&GroupEntry::begin>(row); }
 
   // All of entry g but its first tile.
