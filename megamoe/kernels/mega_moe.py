@@ -26,6 +26,10 @@ from megamoe.kernels.wgmma_source import wgmma_e5m2_e4m3
 
 MAX_SLOTS = 1024  # more would not overlap better
 MAX_BAND_TILES = 8
+# Linear 2 of a tile comes so many rounds of the card after its linear 1: a round is short where the tasks of linear 2 are, and the rows
+# wait for the longest task of linear 1, its publication and the fold. v3 at 128 tokens with 2, 3, 4, 6, 10 and 21 rounds: 439, 405, 398,
+# 391, 387, 385 us; v4-pro at 2048 the same with all (one H200, EP4's load, 2026-11-21).
+LAG_ROUNDS = 6
 _COUNTERS_PER_SLOT = 4
 
 _u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
@@ -115,8 +119,8 @@ def stream_shape(config: MegaMoeConfig, dims: ArenaDims, num_blocks: int) -> Par
     num_slots = min(rows // tile, MAX_SLOTS)
     sizes = (2 * config.intermediate, config.hidden), (config.hidden, config.intermediate)  # (N, K) of both linears
     row_tiles = [-(-n // config.tile_rows) for n, _ in sizes]
-    # Two rounds of the card between the linears of a tile. INVARIANT: num_slots >= lag + 2 * band - 1 (schedule/moe_tasks.cuh).
-    lag = min(-(-2 * num_blocks // sum(row_tiles)), (num_slots - 1) // 2)
+    # INVARIANT: num_slots >= lag + 2 * band - 1 (schedule/moe_tasks.cuh).
+    lag = min(-(-LAG_ROUNDS * num_blocks // sum(row_tiles)), (num_slots - 1) // 2)
     band = min(MAX_BAND_TILES, (num_slots - lag + 1) // 2)
     return MoeStreamShape.allocate(
         row_tiles=(_u32 * 2)(*row_tiles), k_blocks=(_u32 * 2)(*(-(-k // BLOCK_K) for _, k in sizes)), band_tiles=band, lag_tiles=lag,

@@ -63,10 +63,10 @@ def shape_of(dims: ArenaDims, config: MegaMoeConfig, num_blocks: int) -> mega_mo
 def test_stream_of_v4_pro():
     shape = shape_of(V4_PRO, config_for(V4_PRO, 4, 8, 16, 24, 32), 132)
     assert (list(shape.row_tiles), list(shape.k_blocks)) == ([24, 28], [56, 24])
-    assert (shape.band_tiles, shape.lag_tiles) == (8, 6), "two rounds of 132 blocks are 264 of 52 tasks per tile"
+    assert (shape.band_tiles, shape.lag_tiles) == (8, 16), "six rounds of 132 blocks are 792 of 52 tasks per tile"
     assert (shape.ring.num_slots, shape.ring.slot_rows) == (1024, 32)
     shape = shape_of(V4_PRO, config_for(V4_PRO, 2, 128, 160, 176), 33)
-    assert (list(shape.row_tiles), shape.lag_tiles, shape.ring.num_slots, shape.ring.slot_rows) == ([48, 56], 1, 288, 176)
+    assert (list(shape.row_tiles), shape.lag_tiles, shape.ring.num_slots, shape.ring.slot_rows) == ([48, 56], 2, 288, 176)
 
 
 def test_sizes_that_are_no_multiple_of_a_tile():
@@ -84,8 +84,8 @@ def test_a_ring_of_any_size_cannot_deadlock(num_slots, num_blocks):
     shape = shape_of(dims, CONFIG, num_blocks)
     assert shape.ring.num_slots == num_slots and shape.band_tiles >= 1
     assert num_slots >= shape.lag_tiles + 2 * shape.band_tiles - 1
-    if num_slots >= max(2 * num_blocks + 1, num_blocks + 15):
-        assert (shape.band_tiles, shape.lag_tiles) == (8, num_blocks)
+    if num_slots >= max(6 * num_blocks + 1, 3 * num_blocks + 15):
+        assert (shape.band_tiles, shape.lag_tiles) == (8, 3 * num_blocks)
 
 
 def test_a_pool_without_a_tile():

@@ -121,7 +121,7 @@ def test_shipped_kernels_are_those_that_layers_load(model):
         cfg = MoEConfig(hidden=hidden, intermediate=intermediate, num_experts=num_experts, num_topk=num_topk, max_tokens_per_rank=8192)
         assert found >= set(all_mega(shape, 8192, plan_dims(cfg, num_ranks).pool_rows).values())
     texts = [make_source() for _, _, make_source, _ in kernels]
-    assert len(set(texts)) == len(texts) and len(texts) <= 15
+    assert len(set(texts)) == len(texts) and len(texts) <= 16
     for (_, config, _, _), text in zip(kernels, texts):
         assert f"kBytes == {config.smem_bytes}," in text and f"kHidden = {hidden}u;" in text
 

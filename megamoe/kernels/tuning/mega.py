@@ -19,6 +19,7 @@ TILES: tuple[tuple[int, tuple[int, ...]], ...] = (
     (2, (80, 96, 112, 128)),
     (2, (112, 128, 144, 160)),
     (2, (128, 160, 176)),
+    (3, (8, 16, 24, 32)),
     (3, (32, 40, 48, 56, 64)),
     (3, (56, 64, 72, 80, 88)),
     (3, (88, 96, 104)),
@@ -26,6 +27,7 @@ TILES: tuple[tuple[int, tuple[int, ...]], ...] = (
 )
 
 LONG_RING = 8  # stages; more hide nothing more
+FEW_ROUNDS = 3  # of the card in a linear: below it blocks work off its tasks in whole rounds
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,13 +72,17 @@ def predict_us(config: MegaMoeConfig, shape: MoEShape, num_tokens: int) -> float
     hit = 1 - (1 - 1 / shape.num_experts) ** num_entries
     num_groups, rows = shape.num_experts / shape.num_ranks * hit, num_entries / shape.num_experts / hit
     cuts = [token_tiles(config, max(1, round(rows + z * math.sqrt(rows - 1)))) for z in DEVIATIONS]
-    path_us = work_us = num_bytes = 0.0
+    path_us = rounds_us = num_bytes = 0.0
+    are_few = False
     for n, k in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
         k_blocks, row_tiles = -(-k // BLOCK_K), -(-n // config.tile_rows)
         task_us = [k_blocks * stage_us(config.num_math_warpgroups, tokens) + TILE_US for _, tokens in cuts]
-        work_us += num_groups * row_tiles * sum(number * us for (number, _), us in zip(cuts, task_us)) / len(cuts)
+        rounds = num_groups * row_tiles * sum(number for number, _ in cuts) / len(cuts) / shape.num_sms
+        are_few |= rounds < FEW_ROUNDS
+        mean_us = sum(number * us for (number, _), us in zip(cuts, task_us)) / sum(number for number, _ in cuts)
+        rounds_us += (math.ceil(rounds) if are_few else rounds) * mean_us
         path_us += max(task_us)
         num_bytes += num_groups * -(-n // 64) * k_blocks * UNIT_BYTES
-    # Blocks claim tasks one by one: when the last ones are claimed, half a task of linear 2 is left on average.
-    multiply_us = max(path_us, work_us / shape.num_sms + max(task_us) / 2)
+    # Blocks claim tasks one by one: when the last of many are claimed, half a task of linear 2 is left on average.
+    multiply_us = max(path_us, rounds_us + (0 if are_few else max(task_us) / 2))
     return (multiply_us**OVERLAP_POWER + (num_bytes / HBM_BYTES_PER_US) ** OVERLAP_POWER) ** (1 / OVERLAP_POWER)
