@@ -61,9 +61,9 @@ class DeviceFailure:
         if self.abort is not None:
             return self.abort.describe(rank, self.peer, self.phase)
         signal = dict(_PHASES)[self.phase]
-        if signal is None:
-            return (f"rank {rank}: mega_moe made no progress within {timeout_s:.1f} s in {self.phase} (a counter stood at {self.got}); "
-                    "call reset() on every rank, and report it if it happens again")
+        if signal is None or self.peer == rank:
+            return (f"rank {rank}: its own kernels made no progress within {timeout_s:.1f} s in {self.phase} (a counter stood at "
+                    f"{self.got}); call reset() on every rank, and report it if it happens again")
         return describe_timeout(rank, signal, self.peer, timeout_s, self.phase, self.epoch, self.got)
 
     def error(self, rank: int, timeout_s: float) -> PeerTimeoutError:

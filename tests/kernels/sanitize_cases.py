@@ -75,7 +75,9 @@ def run_elementwise() -> None:
     for group in (32, 128, "token"):
         megamoe.quantize_tokens(x, group)
         megamoe.swiglu_quantize(x, limit=1.0, group=group)
-    megamoe.unpermute_tokens(megamoe.permute_tokens(x, index.flatten()), index)
+    rows = megamoe.permute_tokens(x, index.flatten())
+    drop_reports()
+    megamoe.unpermute_tokens(rows, index)
     drop_reports()
     print("elementwise")
 

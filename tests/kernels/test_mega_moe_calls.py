@@ -59,8 +59,9 @@ def test_a_stall_inside_a_rank_ends_the_call(compiled):
     assert all(y.isnan().all() for y in outputs)
     failures = [calls.failure() for calls in ranks.arenas.calls]
     assert [failure.culprit(rank) for rank, failure in enumerate(failures)] == [0, 0, 0]
-    message = re.escape("rank 0: mega_moe made no progress within 1.0 s in experts (a counter stood at ") + r"\d+" + re.escape(
-        "); call reset() on every rank, and report it if it happens again")
+    # Blocks that found no task wait in combine, as long as the fold warps wait for the row block that does not come.
+    message = (r"rank 0: its own kernels made no progress within 1\.0 s in (experts|combine) \(a counter stood at \d+\); "
+               r"call reset\(\) on every rank, and report it if it happens again")
     assert re.fullmatch(message, failures[0].describe(0, 1.0))
     assert [failure.phase for failure in failures[1:]] == ["combine"] * 2
     ranks.start_over()

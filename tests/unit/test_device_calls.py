@@ -80,13 +80,15 @@ def test_abort_says_what_the_host_says(calls, reason, culprit):
     assert (str(error), error.peer, error.phase) == (str(expected), expected.peer, expected.phase)
 
 
-def test_timeout_inside_the_own_kernel(calls):
-    report(calls, 5, EXPERTS, TIMEOUT, 0, 17)
+@pytest.mark.parametrize("phase, name", [(EXPERTS, "experts"), (COMBINE, "combine")])
+def test_timeout_inside_the_own_kernel(calls, phase, name):
+    """In combine blocks without a task wait for the others of their rank too."""
+    report(calls, 5, phase, TIMEOUT, 0, 17)
     failure = calls.failure()
     error = failure.error(0, calls.timeout_s)
-    assert str(error) == ("rank 0: mega_moe made no progress within 0.1 s in experts (a counter stood at 17); call reset() on every rank, "
-                          "and report it if it happens again")
-    assert (error.peer, error.phase, failure.is_refusal) == (0, "experts", False)
+    assert str(error) == (f"rank 0: its own kernels made no progress within 0.1 s in {name} (a counter stood at 17); call reset() on every "
+                          "rank, and report it if it happens again")
+    assert (error.peer, error.phase, failure.is_refusal) == (0, name, False)
 
 
 @pytest.mark.parametrize("phase, name", [(EXPERTS, "experts"), (COMBINE, "combine")])
