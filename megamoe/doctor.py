@@ -14,7 +14,6 @@ import megamoe
 from megamoe.comm import backends
 from megamoe.comm.topology import Topology
 from megamoe.engines import ENGINES, choose_engine
-from megamoe.engines.base import AUTO_ORDER
 from megamoe.env import env
 from megamoe.errors import EngineUnavailableError
 from megamoe.kernels.compiler import NVRTC_WHEELS, find_nvcc
@@ -134,7 +133,7 @@ def _engine_state(name: str, device: torch.device) -> str:
     if name == "unfused":
         return f"available, transport {env.transport}"
     if name == "fused":
-        return f"available inside an NVLink domain{'' if name in AUTO_ORDER else ', on request'}"
+        return "available inside an NVLink domain"
     return "available"
 
 

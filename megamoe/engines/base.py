@@ -10,7 +10,7 @@ from megamoe.formats import ExpertWeights
 
 ENGINES = ("reference", "unfused", "fused")
 # The engines that "auto" tries, the fastest first.
-AUTO_ORDER = ("unfused", "reference")
+AUTO_ORDER = ("fused", "unfused", "reference")
 _HOPPER = (9, 0)
 _NEEDS_MAPPED = "loads and stores the memory of peers, which backend 'unmapped' does not map"
 

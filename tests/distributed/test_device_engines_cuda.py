@@ -3,6 +3,8 @@
 Everything also runs with one rank on one GPU.
 """
 
+import re
+
 import pytest
 import torch
 from device_engines import (
@@ -147,3 +149,9 @@ def test_every_bucket_of_tokens():
     with device_layer(small_case(tokens=(0,), **sizes), 0, "fused") as layer:
         for num_tokens in (0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 65, 128, 255, 256):
             run_and_judge(layer, small_case(tokens=(num_tokens,), **sizes), 0)
+
+
+def test_repr_and_auto():
+    layer = MegaMoE(small_case(num_ranks=1).cfg, device="cuda")
+    assert re.search(r"engine=fused \(the fastest one here\), act_group=32", repr(layer))
+    assert MegaMoE(small_case(num_ranks=1, precision="bf16").cfg, device="cuda").engine.name == "reference"

@@ -54,8 +54,8 @@ def test_engines_on_a_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert dict(doctor._engines(torch.device("cuda"))) == {
         "engine 'reference'": "available", "engine 'unfused'": "available, transport auto",
-        "engine 'fused'": "available inside an NVLink domain, on request",
-        "engine 'auto'": "unfused for fp8xfp4: the fastest one here"}
+        "engine 'fused'": "available inside an NVLink domain",
+        "engine 'auto'": "fused for fp8xfp4: the fastest one here"}
 
 
 def test_gpus_and_their_peers(monkeypatch):
