@@ -26,18 +26,21 @@ MOE_FLOOR_FORMULA = ("floor = max over ranks of max(HBM bytes / 4.2e12 B/s, 6 * 
 
 @dataclass(frozen=True)
 class Goal:
-    """us of one layer call: the most allowed, and what the best released kernel takes (kernel only, eager)."""
+    """us of one layer call: the most allowed, and what the best released kernel takes (kernel only, eager), where that was measured."""
 
     required: float
-    best_released: float
+    best_released: float | None = None
 
 
-GOAL_MODEL, GOAL_RANKS, GOAL_ROUTING = "v4-pro", 4, "uniform"
-GOALS = {  # by engine, then T
-    "unfused": {1: Goal(200, 231), 8: Goal(600, 757), 32: Goal(1000, 1433), 128: Goal(1150, 1620), 512: Goal(1400, 1766),
-                2048: Goal(2600, 3200), 8192: Goal(8800, 8476)},
-    "fused": {1: Goal(130, 231), 8: Goal(480, 757), 32: Goal(850, 1433), 64: Goal(960, 1629), 128: Goal(990, 1620), 256: Goal(1020, 1772),
-              512: Goal(1120, 1766), 1024: Goal(1350, 2155), 2048: Goal(2000, 3200), 4096: Goal(3700, 5803), 8192: Goal(6600, 8476)},
+GOAL_RANKS, GOAL_ROUTING = 4, "uniform"
+GOALS = {  # by model and engine, then T
+    ("v4-pro", "unfused"): {1: Goal(200, 231), 8: Goal(600, 757), 32: Goal(1000, 1433), 128: Goal(1150, 1620), 512: Goal(1400, 1766),
+                            2048: Goal(2600, 3200), 8192: Goal(8800, 8476)},
+    ("v4-pro", "fused"): {1: Goal(130, 231), 8: Goal(480, 757), 32: Goal(850, 1433), 64: Goal(960, 1629), 128: Goal(990, 1620),
+                          256: Goal(1020, 1772), 512: Goal(1120, 1766), 1024: Goal(1350, 2155), 2048: Goal(2000, 3200),
+                          4096: Goal(3700, 5803), 8192: Goal(6600, 8476)},
+    ("v4-flash", "fused"): {1: Goal(100), 32: Goal(260), 64: Goal(260), 128: Goal(260), 8192: Goal(2500)},
+    ("v3", "fused"): {1: Goal(120), 32: Goal(430), 64: Goal(430), 128: Goal(430), 256: Goal(500), 8192: Goal(6000)},
 }
 
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from bench_moe_cases import GOAL_MODEL, GOAL_RANKS, GOAL_ROUTING, GOALS, MODELS, ROUTINGS, Goal, LayerWork
+from bench_moe_cases import GOAL_RANKS, GOAL_ROUTING, GOALS, MODELS, ROUTINGS, Goal, LayerWork
 
 from megamoe.testing.bench import summarize
 from megamoe.testing.report import table
@@ -77,11 +77,11 @@ def markdown_table(records: Iterable[Record]) -> str:
     """One row per model, ranks, routing, engine and T, from the last record of each; goals without a record say "not measured"."""
     last = {_row_key(record): record for record in records}
     rows = dict(sorted((key, _measured_row(record)) for key, record in last.items()))
-    measured = {(r.engine, r.tokens) for r in last.values() if _goal(r)}
-    for engine, tokens, goal in ((engine, tokens, goal) for engine, goals in GOALS.items() for tokens, goal in goals.items()):
-        if (engine, tokens) not in measured:
-            key = (list(MODELS).index(GOAL_MODEL), GOAL_RANKS, ROUTINGS.index(GOAL_ROUTING), tokens, engine, False)
-            cells = [GOAL_MODEL, str(GOAL_RANKS), GOAL_ROUTING, str(tokens), engine, "not measured", *_goal_cells(goal, None)]
+    measured = {(r.model, r.engine, r.tokens) for r in last.values() if _goal(r)}
+    for model, engine, tokens, goal in ((*key, tokens, goal) for key, goals in GOALS.items() for tokens, goal in goals.items()):
+        if (model, engine, tokens) not in measured:
+            key = (list(MODELS).index(model), GOAL_RANKS, ROUTINGS.index(GOAL_ROUTING), tokens, engine, False)
+            cells = [model, str(GOAL_RANKS), GOAL_ROUTING, str(tokens), engine, "not measured", *_goal_cells(goal, None)]
             rows[key] = _row(cells + [""] * 10)
     header = ("model", "ranks", "routing", "T", "engine", "us", "required", "reached", "best released", "p10-p90 us", "host us", "floor us",
               "of floor", "TFLOPS", "GB/s of weights", "NVLink MB", "arena GB", "error median / max", "commit")
@@ -95,8 +95,8 @@ def _row_key(record: Record) -> tuple:
 
 
 def _goal(r: Record) -> Goal | None:
-    is_measured = (r.model, r.num_ranks, r.routing) == (GOAL_MODEL, GOAL_RANKS, GOAL_ROUTING)
-    return GOALS.get(r.engine, {}).get(r.tokens) if is_measured else None
+    is_measured = (r.num_ranks, r.routing) == (GOAL_RANKS, GOAL_ROUTING)
+    return GOALS.get((r.model, r.engine), {}).get(r.tokens) if is_measured else None
 
 
 def _measured_row(r: Record) -> str:
@@ -109,7 +109,8 @@ def _measured_row(r: Record) -> str:
 
 def _goal_cells(goal: Goal, us: float | None) -> list[str]:
     """required, reached, best released"""
-    return [f"{goal.required:g}", "" if us is None else "yes" if us <= goal.required else "no", f"{goal.best_released:g}"]
+    best_released = "" if goal.best_released is None else f"{goal.best_released:g}"
+    return [f"{goal.required:g}", "" if us is None else "yes" if us <= goal.required else "no", best_released]
 
 
 def _engine(record: Record) -> str:

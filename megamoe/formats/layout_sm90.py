@@ -1,6 +1,6 @@
 """FP4 weights as the sm_90a main loop reads them: canonical FP4Weight [E, N, K] <-> Sm90Weight.
 
-A storage unit is 64 rows x 128 K = 4352 contiguous bytes, one bulk copy: 4096 B of codes in wgmma fragment order, then 256 B of group
+A storage unit is 64 rows x 128 K = 4352 contiguous bytes: 4096 B of codes in wgmma fragment order, then 256 B of group
 exponents. Row 16w + 8h + g of a unit belongs to warp w of 4, row half h, lane group g of 8; column 32j + 16u + 4t + i to k32 step j,
 column half u, thread t of 4, element i. In step j, lane 4g + t of warp w multiplies registers a[h + 2u], one element i per byte.
 """

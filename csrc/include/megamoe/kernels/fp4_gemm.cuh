@@ -4,7 +4,7 @@
 // shared memory). One persistent block per SM walks the tiles of schedule/grouped_tiles.cuh:
 //
 //     scheduler (1 thread) which tile is next                           -> ring of tiles
-//     loader (1 thread)    weights by bulk copy, tokens by tensor copy  -> ring of stages, one K = 128 block each
+//     loader (1 thread)    weights and tokens by tensor copies          -> ring of stages, one K = 128 block each
 //     math warpgroups      64 weight rows each: expand, multiply, promote every 512 of K, then the epilogue
 //
 // Params, SmemPlan and barriers are in fp4_gemm_facts.cuh, roles in roles/; this file is their table of contents.
