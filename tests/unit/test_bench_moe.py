@@ -212,8 +212,10 @@ def test_markdown_from_canned_records():
     assert len({line.count("|") for line in table}) == 1, "every row has every column"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
     assert [row[3] for row in rows if row[4:6] == ["unfused", "not measured"]] == ["1", "128", "512", "2048", "8192"]
-    fused = [row[3] for row in rows if row[4:6] == ["fused", "not measured"]]
-    assert fused == ["1", "32", "64", "128", "256", "512", "1024", "2048", "4096", "8192"]
+    fused = {model: [row[3] for row in rows if row[0] == model and row[4:6] == ["fused", "not measured"]] for model in MODELS}
+    assert fused["v4-pro"] == ["1", "32", "64", "128", "256", "512", "1024", "2048", "4096", "8192"]
+    assert (fused["v4-flash"], fused["qwen3-30b"]) == (["1", "32", "64", "128", "8192"], [])
+    assert [row[6:9] for row in rows if row[0] == "v3" and row[3] == "256"] == [["500", "", ""]]
     measured = [row[:9] for row in rows if row[5] != "not measured"]
     assert measured == [
         ["v4-pro", "4", "uniform", "8", "fused, graph", "470", "480", "yes", "757"],
