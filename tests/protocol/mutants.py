@@ -83,6 +83,9 @@ MUTANTS = (
            "order"),
     Mutant("linear_2_after_all_of_linear_1", TASKS, "if (has_lead && !is_due)", "if (has_lead)", "order"),
     Mutant("bands_across_experts", TASKS, "min_of(shape.band_tiles, end_of_group - first)", "shape.band_tiles", "order"),
+    Mutant("experts_without_rows_not_skipped", TASKS, "if (end_of_group == first)", "if (end_of_group < first)", "order", (WRONG, HANG)),
+    Mutant("expert_left_early", TASKS, "if (first == end_of_group && !enter_group())", "if (!enter_group())", "order", (WRONG, HANG)),
+    Mutant("row_tile_of_wide_bands", TASKS, "count == 1 ? in_band : in_band / count", "in_band", "order"),
     Mutant("last_tile_too_long", TASKS, "entry.count - (number - entry.first_tile) * tokens", "entry.count", "order"),
     Mutant("row_of_the_wrong_tile", TASKS, "min_of(tokens, entry.count - tile * tokens)", "tokens", "order"),
     # Signals and failures.
