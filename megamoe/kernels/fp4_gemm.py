@@ -70,7 +70,7 @@ def block_constants(config: GemmBlock) -> dict[str, int | bool]:
     return {
         "math_warpgroups": config.num_math_warpgroups, "threads": config.num_threads, "math_registers": config.math_registers,
         "aux_registers": config.aux_registers, "stages": config.num_stages, "max_groups": config.max_groups,
-        "max_double_buffered": config.max_double_buffered, "loads_ahead": config.loads_ahead,
+        "max_double_buffered": config.max_double_buffered, "loads_ahead": config.loads_ahead, "unit_map_lines": UNIT_MAP_LINES,
     }
 
 
@@ -160,7 +160,7 @@ def gemm_params(x: torch.Tensor, weight: Sm90Weight, config: GemmBlock, grouping
                                     n=weight.shape[1], num_row_blocks=num_row_blocks, num_k_blocks=num_k_blocks, **values)
     for i, tokens in enumerate(config.token_tiles):
         params.x_maps[i] = tensor_map(x, (tokens, BLOCK_K), swizzle_bytes=128, l2_bytes=256)
-    # Units as lines of 8-byte words, WeightUnit::kMapLines of them: a side of a box has 256 elements at most.
+    # Units as UNIT_MAP_LINES lines of 8-byte words.
     units = weight.blocks.view(torch.int64).view(num_groups, num_row_blocks, num_k_blocks * UNIT_MAP_LINES, -1)
     params.w_map = tensor_map(units, (1, config.num_math_warpgroups, UNIT_MAP_LINES, units.shape[-1]))
     return params

@@ -8,7 +8,7 @@ from megamoe.errors import check
 
 OP = "fp4_gemm"
 UNIT_BYTES = 4352  # 64 weight rows x 128 K
-UNIT_MAP_LINES = 4  # of a unit in a tensor map
+UNIT_MAP_LINES = 4  # of a unit in a tensor map, a side of whose box has 256 elements at most
 BLOCK_K = 128
 MAX_SMEM_BYTES = 232448
 STAGING_PITCH = 64 * 2 + 16

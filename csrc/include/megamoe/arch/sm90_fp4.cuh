@@ -12,8 +12,6 @@ namespace megamoe::sm90 {
 
 struct WeightUnit {
   static constexpr uint32 kRows = 64, kK = 128, kCodeBytes = 4096, kBytes = 4352;
-  // A tensor map has units as lines of 136 words of 8 bytes: a side of its box has 256 elements at most.
-  static constexpr uint32 kMapLines = 4;
 };
 
 // 16 registers: element 4 * j + i is register a[i] of k32 step j.

@@ -17,7 +17,7 @@ struct WeightTile {
       : map(&p.w_map), row_block(tile.row_tile * Config::kMathWarpgroups), group(tile.group) {}
 
   MEGAMOE_DEVICE void load(uint32 k, uint32 stage, uint32 full, uint64 policy) const {
-    ptx::tensor_load_4d(stage, map, 0, k * sm90::WeightUnit::kMapLines, row_block, group, full, policy);
+    ptx::tensor_load_4d(stage, map, 0, k * Config::kUnitMapLines, row_block, group, full, policy);
   }
 };
 
