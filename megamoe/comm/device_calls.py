@@ -33,7 +33,7 @@ class DeviceFailure:
 
     Args:
         phase: "dispatch", "combine", or "experts", in which no rank waits for another one.
-        peer: the rank that was silent, in "experts" this one; or the one whose abort word ended the call.
+        peer: the rank that was silent, in "experts" this one, in "combine" perhaps; or the one whose abort word ended the call.
         epoch: of the call.
         got: the signal, in "experts" the counter, that was there at the deadline; meaningless with `abort`.
         abort: the abort word; None for a time-out.

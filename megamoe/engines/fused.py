@@ -18,7 +18,7 @@ from megamoe.kernels.tuning.mega import all_mega
 from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
 
 # Weights of linear 1 that moe_route brings to L2 while it waits for the other ranks, where nearly every expert gets rows: from this many
-# per expert on. Less than half of an H200's L2, since the rest has to hold what is in use; 16 to 40 MB are within 0.5 %.
+# per expert on. Less than half of an H200's L2, since the rest has to hold what is in use; 16 to 40 MB are within 1 %.
 ROWS_PER_EXPERT_FOR_AHEAD = 2
 AHEAD_BYTES = 24 << 20
 

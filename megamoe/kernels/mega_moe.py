@@ -28,7 +28,7 @@ MAX_SLOTS = 1024  # more would not overlap better
 MAX_BAND_TILES = 8
 # Linear 2 of a tile comes so many rounds of the card after its linear 1: a round is short where the tasks of linear 2 are, and the rows
 # wait for the longest task of linear 1, its publication and the fold. v3 at 128 tokens with 2, 3, 4, 6, 10 and 21 rounds: 439, 405, 398,
-# 391, 387, 385 us; v4-pro at 2048 the same with all (one H200, EP4's load, 2026-11-21).
+# 391, 387, 385 us (one H200 with the load of a rank of four, 4c67c10); from 2048 tokens on the drift of the clock hides it.
 LAG_ROUNDS = 6
 _COUNTERS_PER_SLOT = 4
 

@@ -102,7 +102,7 @@ def run_dispatch() -> None:
         for num_tokens in (0, 1, 40):
             topk_idx = torch.randint(-2, 6, (num_tokens, 3), device="cuda")
             x, topk_weights = torch.randn(num_tokens, 96, device="cuda").bfloat16(), torch.rand(num_tokens, 3, device="cuda")
-            with contextlib.suppress(ValueError):  # of an index: by the call after it, or by the check
+            with contextlib.suppress(ValueError):  # of an index: once the call is enqueued, or by the check
                 layer(x, topk_idx, topk_weights)
                 layer.check()
         print(repr(layer))

@@ -95,8 +95,8 @@ def test_timeout_inside_the_own_kernel(calls, phase, name):
 def test_abort_of_a_peer_that_blames_itself(calls, phase, name):
     report(calls, 5, phase, ABORTED, 2, Abort(5, AbortReason.PEER_TIMEOUT, 2).to_word())
     error = calls.failure().error(0, calls.timeout_s)
-    assert str(error) == (f"rank 0: rank 2 aborted (its own kernel made no progress) while this rank was in {name}; see the error of rank 2, "
-                          "then call reset() on every rank")
+    assert str(error) == (f"rank 0: rank 2 aborted (its own kernel made no progress) while this rank was in {name}; see the error of rank "
+                          "2, then call reset() on every rank")
     assert (error.peer, error.phase) == (2, name)
 
 

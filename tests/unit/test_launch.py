@@ -186,14 +186,15 @@ def test_tensor_maps_are_cached_by_what_they_describe(fake):
     assert len({id(v) for v in [first, *variants]}) == 10 and len(fake.maps) == 10
 
 
+STRIDES = "strides must be multiples of 16 bytes, the last 1 element"
 BOX = "a side of 1..256 per dimension, the last a multiple of 16 bytes up to"
 
 
 @pytest.mark.parametrize("tensor, box, message", [
     (aligned(0, 128), (8, 128), "shape must be 2 to 5 dimensions, none zero, got [0, 128]; launch nothing for an empty tensor"),
     (aligned(8, 128)[0], (128,), "shape must be 2 to 5 dimensions, none zero, got [128]; launch nothing for an empty tensor"),
-    (aligned(128, 8).T, (8, 128), "strides must be multiples of 16 bytes, the last 1 element, got (1, 8); call .contiguous() or pad the rows"),
-    (aligned(8, 120), (8, 64), "strides must be multiples of 16 bytes, the last 1 element, got (120, 1); call .contiguous() or pad the rows"),
+    (aligned(128, 8).T, (8, 128), f"{STRIDES}, got (1, 8); call .contiguous() or pad the rows"),
+    (aligned(8, 120), (8, 64), f"{STRIDES}, got (120, 1); call .contiguous() or pad the rows"),
     (aligned(8, 120).short(), (8, 60), f"box must be {BOX} 128 bytes, got [8, 60]; copy in several boxes"),
     (aligned(8, 128), (257, 128), f"box must be {BOX} 128 bytes, got [257, 128]; copy in several boxes"),
     (aligned(8, 256), (8, 256), f"box must be {BOX} 128 bytes, got [8, 256]; copy in several boxes"),

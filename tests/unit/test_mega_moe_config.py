@@ -88,6 +88,7 @@ def test_few_tokens_take_small_tiles_and_many_large_ones():
     chosen = all_mega(V4_PRO, 8192)
     assert list(chosen) == [1 << i for i in range(14)]
     assert [chosen[tokens].max_token_tile for tokens in (1, 64, 512, 1024, 2048, 8192)] == [32, 32, 64, 88, 160, 176]
+    assert [chosen[tokens].num_math_warpgroups for tokens in (1, 64)] == [3, 4], "two rounds of shorter tasks, where there are two"
     for config in chosen.values():
         assert (config.max_groups, config.hidden, config.intermediate, config.has_down_bias) == (128, 7168, 3072, False)
     assert choose_mega(V4_PRO, 1000) == chosen[1024]

@@ -71,8 +71,8 @@ MEGAMOE_DEVICE void tensor_load_2d(uint32 destination, const TensorMap* map, int
 MEGAMOE_DEVICE void tensor_load_4d(uint32 destination, const TensorMap* map, int32 x, int32 y, int32 z, int32 w, uint32 barrier,
                                    uint64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2,%3,%4,%5}], [%6], %7;" ::"r"(
-          destination),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2,%3,%4,%5}], [%6], "
+      "%7;" ::"r"(destination),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "l"(policy)
       : "memory");
 }

@@ -67,8 +67,8 @@ struct BandWalk {
   }
 
  private:
-  // Most often the next group has tiles. A search each time, for 8 bands from one task of a block to its next, kept the weight loader for
-  // 4 us, as long as the ring of stages lasts (v4-flash, 252 us instead of 284 at 128 tokens, H200, 2026-11-21).
+  // Most often the next group has tiles. A search each time, for 8 bands from one task of a block to its next, kept the weight loader until
+  // every stage that it was to fill next was free (v4-flash at 128 tokens 281 us, 252 without; H200, 959a0a6).
   MEGAMOE_HOST_DEVICE bool enter_group() {
     if (first == table.num_tiles) return false;
     end_of_group = table.end_tile(++group);
