@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 from megamoe.errors import check
@@ -57,7 +58,7 @@ class GemmBlock:
     def tile_rows(self) -> int:
         return 64 * self.num_math_warpgroups
 
-    @property
+    @cached_property
     def num_threads(self) -> int:
         return 128 * (self.num_math_warpgroups + 1)
 
@@ -155,7 +156,7 @@ class Fp4GemmConfig(GemmBlock):
         token_floats = 6 if self.epilogue == "swiglu" else 4 if self.scatter else 2 if self.has_bias else 1
         return self._bytes_beside_stages(token_floats, self.has_bias)
 
-    @property
+    @cached_property  # every launch asks for it: 1 us of host time
     def smem_bytes(self) -> int:
         return self.gemm_bytes
 

@@ -1,6 +1,7 @@
 """MegaMoeConfig: the static facts of one compiled mega_moe, and which of them are legal on sm_90a. Pure: no torch, no CUDA."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megamoe.errors import check
 from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES, TILE_SLOTS, GemmBlock, round_up
@@ -70,7 +71,7 @@ class MegaMoeConfig(GemmBlock):
     def max_gemm_bytes(self) -> int:
         return (MAX_SMEM_BYTES - self._mega_bytes) // 128 * 128
 
-    @property
+    @cached_property
     def smem_bytes(self) -> int:
         """MegaSmemPlan::kBytes: that of the GEMM, then a buffer and two barriers per row in flight, and a barrier per task handed over."""
         return round_up(self.gemm_bytes, 128) + self._mega_bytes

@@ -11,6 +11,9 @@ constexpr float kFloatMax = 3.4028235e38f;
 
 MEGAMOE_DEVICE bool is_finite(float v) { return fabsf(v) <= kFloatMax; }
 
+// E4M3 has no Inf, and saturation would turn one into 448. One instruction: Inf * 0 is NaN.
+MEGAMOE_DEVICE float inf_to_nan(float v) { return fmaf(v, 0.0f, v); }
+
 // Biased exponent of the smallest power of two s with max(amax, 1e-4) <= 448 s, for finite amax.
 MEGAMOE_DEVICE uint32 ceil_exponent(float amax) {
   // Positive floats are ordered like their bits, so this is a division by 2^23 rounded up: the mantissa's excess carries once.
@@ -39,10 +42,9 @@ struct Channels {
     return m;
   }
 
-  // E4M3 has no Inf, and saturation would turn one into 448.
   MEGAMOE_DEVICE void turn_inf_into_nan() {
 #pragma unroll
-    for (uint32 i = 0; i < 8; ++i) v[i] = is_finite(v[i]) ? v[i] : __uint_as_float(0x7fffffff);
+    for (uint32 i = 0; i < 8; ++i) v[i] = inf_to_nan(v[i]);
   }
 
   MEGAMOE_DEVICE uint2 codes(float inverse) const {

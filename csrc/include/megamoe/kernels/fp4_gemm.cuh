@@ -31,7 +31,7 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
     ptx::prefetch_tensor_map(&p.w_map);
     for (uint32 i = 0; i < Config::TokenTiles::kCount; ++i) ptx::prefetch_tensor_map(&p.x_maps[i]);
     Pipeline<Config::kStages>::init(base + Plan::kBarriers, kMathWarps);
-    TilePipeline::init(base + Plan::kTileBarriers, kMathWarps + 1);
+    TilePipeline::init(base + Plan::kTileBarriers, kMathWarps * 32 + 1);  // math, load
     ptx::fence_mbarrier_init();
   }
   table.build(p.grouping, ceil_div(p.num_row_blocks, Config::kMathWarpgroups), threadIdx.x, Config::kThreads);

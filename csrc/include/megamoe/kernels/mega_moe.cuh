@@ -113,7 +113,7 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
 
   if (threadIdx.x == kMathWarps * 32) {
     Pipeline<Config::kStages>::init(base + Gemm::kBarriers, kMathWarps, 2);
-    TilePipeline::init(base + Gemm::kTileBarriers, kMathWarps + 2);  // math, load tokens, publish
+    TilePipeline::init(base + Gemm::kTileBarriers, kMathWarps * 32 + 2);  // math, load tokens, publish
     Plan::PullPipeline::init(base + Plan::kPullBarriers, 1);
     DoneBarriers::init(base + Plan::kDone, Config::kMathWarpgroups);
     ptx::fence_mbarrier_init();

@@ -27,7 +27,7 @@ MEGAMOE_DEVICE void gemm_load(const Fp4GemmParams& p, TileReader tiles, uint32 b
   using Plan = SmemPlan<Config>;
   Pipeline<Config::kStages> pipe(base + Plan::kBarriers);
   const uint64 streaming = ptx::policy_evict_first(), reused = ptx::policy_evict_normal();
-  for (Tile tile = tiles.next_alone(); tile.num_tokens > 0; tile = tiles.next_alone()) {
+  for (Tile tile = tiles.next(); tile.num_tokens > 0; tile = tiles.next()) {
     const WeightTile<Config> weights(p, tile);
     const uint64 policy = tile.is_only_reader ? streaming : reused;
     const uint32 num_bytes = Plan::kWeightBytes + Config::TokenTiles::at(tile.token_tile_idx) * sm90::WeightUnit::kK;

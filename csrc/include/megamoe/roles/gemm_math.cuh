@@ -41,12 +41,12 @@ MEGAMOE_DEVICE void compute_tiles(TileWalk<Config>& walk) {
     else
       fetch_store_inputs<Config, kTokens>(walk.p, where, values);
     accumulator.run(walk.reader, walk.tile.num_k);
-    const uint32 num_contributors = walk.tile.num_contributors, is_owner = walk.tile.is_owner;
+    const uint32 num_contributors = walk.tile.num_contributors;
     walk.next();
     has_next = walk.takes(kIdx);
     if (has_next) accumulator.begin(walk.reader);
     const TailSums<Config> tail{walk.p.workspace, walk.reader.warpgroup, walk.reader.thread, kEpilogueBarrier + walk.reader.warpgroup};
-    if (!is_owner) {
+    if (num_contributors == Tile::kNotOwner) {
       tail.template leave<kTokens>(accumulator.totals);
       continue;
     }

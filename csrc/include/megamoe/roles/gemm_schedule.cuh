@@ -20,31 +20,18 @@ MEGAMOE_DEVICE void gemm_schedule(const Fp4GemmParams& p, const GroupTable<Confi
   }
 }
 
-// A consumer's end of the ring: `warp` arrives once per tile, by one of its threads.
+// A consumer's end of the ring. Every thread that reads says so itself. One lane would do for its warp behind a __syncwarp, but the
+// assembler drops the sync of a warp that cannot diverge, and racecheck then reports the reads of the other lanes (48f8373).
 struct TileReader {
   const Tile* slots;
   TilePipeline pipe;
 
-  // By a whole warp.
   MEGAMOE_DEVICE Tile next() {
-    const Tile tile = read();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipe.empty());
-    pipe.advance();
-    return tile;
-  }
-  // By a single thread that stands for its warp.
-  MEGAMOE_DEVICE Tile next_alone() {
-    const Tile tile = read();
+    pipe.wait_full();
+    const Tile tile = slots[pipe.stage];
     ptx::mbarrier_arrive(pipe.empty());
     pipe.advance();
     return tile;
-  }
-
- private:
-  MEGAMOE_DEVICE Tile read() const {
-    pipe.wait_full();
-    return slots[pipe.stage];
   }
 };
 

@@ -80,7 +80,7 @@ MEGAMOE_DEVICE void mega_load_tokens(const MegaBlock<Layout, Config>& block, Til
   const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
   Pipeline<Config::kStages> pipe(block.base + Plan::kBarriers);
   auto timeline = block.timeline(kTokensLane, true);
-  for (Tile tile = tiles.next_alone(); tile.num_tokens > 0; tile = tiles.next_alone()) {
+  for (Tile tile = tiles.next(); tile.num_tokens > 0; tile = tiles.next()) {
     timeline.begin();
     if (tile.linear == 0)
       p.flow.wait_pulled(tile.number, watch);

@@ -18,15 +18,13 @@ struct TaskWalk {
   TileReader tiles;
   Timeline<Config::kTimeline>& timeline;
   uint32 done;    // shared address of DoneBarriers
-  uint32 slot;    // of the current task
   Tile task;      // the current one
 
-  MEGAMOE_DEVICE void next() {
-    slot = tiles.pipe.stage;
-    task = tiles.next();
+  MEGAMOE_DEVICE void next() { task = tiles.next(); }
+  // With the task so many before the one that next() would read. Behind a barrier of the warpgroup, by one thread.
+  MEGAMOE_DEVICE void say_done(uint32 num_before) const {
+    ptx::mbarrier_arrive(DoneBarriers::of(done, (tiles.pipe.stage + kTileSlots - num_before) % kTileSlots));
   }
-  // Behind a barrier of the warpgroup, by one thread.
-  MEGAMOE_DEVICE void say_done(uint32 of_slot) const { ptx::mbarrier_arrive(DoneBarriers::of(done, of_slot)); }
   MEGAMOE_DEVICE bool is_valid() const { return task.num_tokens > 0; }
   MEGAMOE_DEVICE const Fp4GemmParams& linear() const { return p.linear[task.linear]; }
   MEGAMOE_DEVICE uint32 row_block() const { return task.row_tile * Config::kMathWarpgroups + reader.warpgroup; }
@@ -65,13 +63,13 @@ MEGAMOE_DEVICE void compute_tasks(TaskWalk<Config>& walk) {
       fetch_store_inputs<Config, kTokens>(walk.p.linear[1], where, values);
     accumulator.run(walk.reader, walk.task.num_k);
     walk.timeline.mark(SpanKind::kMainLoop, walk.task);
-    const uint32 linear = walk.task.linear, number = walk.task.number, slot = walk.slot;
+    const uint32 linear = walk.task.linear, number = walk.task.number;
     walk.next();
     has_next = walk.takes(kIdx);
     const bool begins_now = has_next && walk.reader.is_ready();
     if (begins_now) accumulator.begin(walk.reader);
     finish_task<Config, kTokens>(accumulator.totals, walk.p, where, linear, walk.reader.base, walk.reader.warpgroup);
-    if (where.thread() == 0) walk.say_done(slot);
+    if (where.thread() == 0) walk.say_done(2);
     walk.timeline.mark(SpanKind::kEpilogue, number, where.row_block / Config::kMathWarpgroups, linear);
     if (has_next && !begins_now) {
       accumulator.begin(walk.reader);
@@ -107,7 +105,7 @@ MEGAMOE_DEVICE void mega_math(const MegaBlock<Layout, Config>& block, TileReader
     } else {
       skip_tile<Config>(walk.reader, walk.task.num_k);
       timeline.mark(SpanKind::kSkippedTask, walk.task);
-      if (threadIdx.x % 128 == 0) walk.say_done(walk.slot);
+      if (threadIdx.x % 128 == 0) walk.say_done(1);
       walk.next();
     }
   }

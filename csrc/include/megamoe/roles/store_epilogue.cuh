@@ -73,24 +73,54 @@ struct EpilogueTile {
   }
 };
 
-// Calls copy(staging address, output pointer) for each piece of the warpgroup's output: 16 bytes, 8 threads on the 128 bytes of a token. A
-// thread has the same piece of each of its tokens.
-template <class Config, uint32 kTokens, class Copy>
-MEGAMOE_DEVICE void for_each_piece(const Fp4GemmParams& p, const EpilogueTile& tile, uint32 staging, uint32 destinations, Copy copy) {
-  const uint32 piece = tile.thread() % 8, channel = tile.row_block * 64 + piece * 8;
+// The pieces of the warpgroup's output that are this thread's: 16 bytes each, 8 threads on the 128 bytes of a token. A thread has the same
+// piece of each of its tokens. Shared memory is read without a condition, so that all loads of a step are under way together; what is read
+// for tokens that the tile has not got goes nowhere.
+template <class Config, uint32 kTokens>
+struct OutputPieces {
+  static constexpr uint32 kCount = ceil_div(kTokens, 16);
+
+  uint32 staging;        // shared address of the thread's piece of token 0
+  Bf16* places[kCount];  // in the output; null: nowhere
+
+  MEGAMOE_DEVICE OutputPieces(const Fp4GemmParams& p, const EpilogueTile& tile, uint32 staging, uint32 destinations)
+      : staging(staging + tile.thread() % 8 * 16) {
+    const uint32 channel = tile.row_block * 64 + tile.thread() % 8 * 8, num_tokens = channel < p.n ? tile.num_tokens : 0;
 #pragma unroll
-  for (uint32 i = 0; i < ceil_div(kTokens, 16); ++i) {
-    const uint32 token = i * 16 + tile.thread() / 8;
-    if (token >= tile.num_tokens || channel >= p.n) continue;
-    const uint32 from = staging + token * SmemPlan<Config>::kStagingPitch + piece * 16;
-    if constexpr (Config::kScatter) {
-      const ptx::Words2 row = ptx::ld_shared_64(destinations + token * 8);  // 0: nowhere
-      if ((row.x | row.y) != 0) copy(from, reinterpret_cast<Bf16*>(uint64(row.y) << 32 | row.x) + channel);
-    } else {
-      copy(from, p.out + uint64(tile.first_row + token) * p.n + channel);
+    for (uint32 i = 0; i < kCount; ++i) {
+      Bf16* row = p.out + uint64(tile.first_row + token(i)) * p.n;
+      if constexpr (Config::kScatter) {
+        const ptx::Words2 address = ptx::ld_shared_64(destinations + token(i) * 8);
+        row = reinterpret_cast<Bf16*>(uint64(address.y) << 32 | address.x);
+      }
+      places[i] = first_token() + i * 16 < num_tokens && row != nullptr ? row + channel : nullptr;
     }
   }
-}
+
+  // Both ways between the output and staging.
+  MEGAMOE_DEVICE void load() const {
+#pragma unroll
+    for (uint32 i = 0; i < kCount; ++i)
+      if (places[i] != nullptr) {
+        const uint4 v = *reinterpret_cast<const uint4*>(places[i]);
+        ptx::st_shared_128(staging_of(i), {v.x, v.y, v.z, v.w});
+      }
+  }
+  MEGAMOE_DEVICE void store() const {
+    ptx::Words4 v[kCount];
+#pragma unroll
+    for (uint32 i = 0; i < kCount; ++i) v[i] = ptx::ld_shared_128(staging_of(i));
+#pragma unroll
+    for (uint32 i = 0; i < kCount; ++i)
+      if (places[i] != nullptr) *reinterpret_cast<uint4*>(places[i]) = make_uint4(v[i].x, v[i].y, v[i].z, v[i].w);
+  }
+
+ private:
+  static MEGAMOE_DEVICE uint32 first_token() { return EpilogueTile::thread() / 8; }
+  // Within the tile, which need not have a multiple of 16 tokens.
+  static MEGAMOE_DEVICE uint32 token(uint32 i) { return min_of(first_token() + i * 16, kTokens - 1); }
+  MEGAMOE_DEVICE uint32 staging_of(uint32 i) const { return staging + token(i) * SmemPlan<Config>::kStagingPitch; }
+};
 
 // Starts to bring what the epilogue reads from global memory, before the main loop, to hide the latency behind it.
 template <class Config, uint32 kTokens>
@@ -115,10 +145,7 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
   // After this barrier the tokens' values are there and the warpgroup has finished reading the staging of its last tile.
   ptx::barrier_sync<128>(barrier);
   if constexpr (Config::kAccumulate) {
-    for_each_piece<Config, kTokens>(p, tile, staging, values.destinations(), [](uint32 to, const Bf16* from) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from);
-      ptx::st_shared_128(to, {v.x, v.y, v.z, v.w});
-    });
+    OutputPieces<Config, kTokens>(p, tile, staging, values.destinations()).load();
     ptx::barrier_sync<128>(barrier);
   }
   const float upper = tile.row_scale(0), lower = tile.row_scale(1);
@@ -131,38 +158,29 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
   const uint32 lane = tile.thread() % 32;
   // Row of the 8x8 matrices that this lane addresses: token lane % 8, channels 0-7 of the warp for lanes 0-7 and 8-15 for lanes 8-15.
   const uint32 matrix_row = staging + (lane % 8) * Plan::kStagingPitch + tile.warp() * 32 + (lane / 8 % 2) * 16;
-  // Loads in batches: shared accesses stay in program order, and one load before each store would expose its latency every time.
-  constexpr uint32 kBatch = 4;
+  // All loads before all stores: shared accesses stay in program order, and a load between two stores would expose its latency every time.
+  ptx::Words2 scales[kTokens / 8];
 #pragma unroll
-  for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
-    ptx::Words2 pairs[kBatch];
+  for (uint32 j = 0; j < kTokens / 8; ++j) scales[j] = ptx::ld_shared_64(values.scales + (8 * j + 2 * tile.lane_in_group()) * 4);
 #pragma unroll
-    for (uint32 i = 0; i < kBatch; ++i)
-      if (first + i < kTokens / 8) pairs[i] = ptx::ld_shared_64(values.scales + (8 * (first + i) + 2 * tile.lane_in_group()) * 4);
-#pragma unroll
-    for (uint32 i = 0; i < kBatch; ++i) {
-      const uint32 j = first + i, row = matrix_row + j * 8 * Plan::kStagingPitch;
-      if (j >= kTokens / 8) break;
-      const float s0 = __uint_as_float(pairs[i].x), s1 = __uint_as_float(pairs[i].y);
-      float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1,
-                    totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
-      if constexpr (Config::kHasBias) {
-        const ptx::Words2 w = ptx::ld_shared_64(values.weights() + (8 * j + 2 * tile.lane_in_group()) * 4);
-        const float w0 = __uint_as_float(w.x), w1 = __uint_as_float(w.y);
-        v[0] += w0 * bias[0], v[1] += w1 * bias[0], v[2] += w0 * bias[1], v[3] += w1 * bias[1];
-      }
-      if constexpr (Config::kAccumulate) {
-        const ptx::Words2 old = ptx::ldmatrix_x2_trans(row);
-        v[0] += ptx::bf16_low(old.x), v[1] += ptx::bf16_high(old.x), v[2] += ptx::bf16_low(old.y), v[3] += ptx::bf16_high(old.y);
-      }
-      ptx::stmatrix_x2_trans(row, ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
+  for (uint32 j = 0; j < kTokens / 8; ++j) {
+    const uint32 row = matrix_row + j * 8 * Plan::kStagingPitch;
+    const float s0 = __uint_as_float(scales[j].x), s1 = __uint_as_float(scales[j].y);
+    float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1, totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
+    if constexpr (Config::kHasBias) {
+      const ptx::Words2 w = ptx::ld_shared_64(values.weights() + (8 * j + 2 * tile.lane_in_group()) * 4);
+      const float w0 = __uint_as_float(w.x), w1 = __uint_as_float(w.y);
+      v[0] += w0 * bias[0], v[1] += w1 * bias[0], v[2] += w0 * bias[1], v[3] += w1 * bias[1];
     }
+    if constexpr (Config::kAccumulate) {
+      const ptx::Words2 old = ptx::ldmatrix_x2_trans(row);
+      v[0] += ptx::bf16_low(old.x), v[1] += ptx::bf16_high(old.x), v[2] += ptx::bf16_low(old.y), v[3] += ptx::bf16_high(old.y);
+    }
+    ptx::stmatrix_x2_trans(row, ptx::pack_bf16(v[0], v[1]), ptx::pack_bf16(v[2], v[3]));
   }
+  const OutputPieces<Config, kTokens> pieces(p, tile, staging, values.destinations());
   ptx::barrier_sync<128>(barrier);
-  for_each_piece<Config, kTokens>(p, tile, staging, values.destinations(), [](uint32 from, Bf16* to) {
-    const ptx::Words4 v = ptx::ld_shared_128(from);
-    *reinterpret_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w);
-  });
+  pieces.store();
 }
 
 }  // namespace megamoe

@@ -44,72 +44,68 @@ MEGAMOE_DEVICE void swiglu_epilogue(float (&totals)[kTokens / 2], const Fp4GemmP
   ptx::copy_async_wait();  // the row weights
   ptx::barrier_sync<128>(barrier);
 
+  // Loops over all tokens, one for each step: shared accesses stay in program order, so a loop over batches with all steps in it would wait
+  // for the whole chain of latencies once per batch.
+  constexpr uint32 kBlocks = kTokens / 8, kBatches = ceil_div(kBlocks, 4);  // 8 tokens, of which a thread has two; 32 tokens
   const float gate_scale = tile.row_scale(0), up_scale = tile.row_scale(1);
-  // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens. In
-  // batches of 32 tokens: shared accesses stay in program order, and eight tokens at a time would expose the latency of the whole chain.
-  constexpr uint32 kBatch = 4;
   const SwigluGate gated(p.limit, p.alpha, p.up_bias);
-  const auto offset_of = [](uint32 j) { return (8 * j + 2 * EpilogueTile::lane_in_group()) * 4; };
+  const auto offset_of = [](uint32 block) { return (8 * block + 2 * EpilogueTile::lane_in_group()) * 4; };
+  // The activated values take the place of the gate sums: totals[4 j] and totals[4 j + 1] are this thread's channel of two tokens.
 #pragma unroll
-  for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
-    ptx::Words2 s[kBatch], w[kBatch];
+  for (uint32 j = 0; j < kBlocks; ++j) {
+    const ptx::Words2 s = ptx::ld_shared_64(values.scales + offset_of(j)), w = ptx::ld_shared_64(values.weights() + offset_of(j));
 #pragma unroll
-    for (uint32 b = 0; b < kBatch; ++b) {
-      if (first + b >= kTokens / 8) break;
-      s[b] = ptx::ld_shared_64(values.scales + offset_of(first + b));
-      w[b] = ptx::ld_shared_64(values.weights() + offset_of(first + b));
+    for (uint32 i = 0; i < 2; ++i) {
+      const float scale = __uint_as_float(i ? s.y : s.x), weight = __uint_as_float(i ? w.y : w.x);
+      const float gate = totals[4 * j + i] * gate_scale * scale + gate_bias, up = totals[4 * j + 2 + i] * up_scale * scale + up_bias;
+      totals[4 * j + i] = inf_to_nan(gated(gate, up) * weight);
     }
-    float magnitudes[2 * kBatch] = {};
+  }
+  float largest[kBatches];
 #pragma unroll
-    for (uint32 i = 0; i < 2 * kBatch; ++i) {
-      const uint32 b = i / 2, at = 4 * (first + b) + i % 2;
-      if (first + b >= kTokens / 8) break;
-      const float scale = __uint_as_float(i % 2 ? s[b].y : s[b].x);
-      const float gate = totals[at] * gate_scale * scale + gate_bias, up = totals[at + 2] * up_scale * scale + up_bias;
-      const float v = gated(gate, up) * __uint_as_float(i % 2 ? w[b].y : w[b].x);
-      // E4M3 has no Inf, and saturation would turn one into 448; fmaxf passes over NaN.
-      totals[at] = is_finite(v) ? v : __uint_as_float(0x7fffffff);
-      magnitudes[i] = fabsf(totals[at]);
-    }
-    const float largest = max_over_lane_groups(magnitudes);
-    const uint32 token = 8 * (first + tile.lane_group() / 2) + 2 * tile.lane_in_group() + tile.lane_group() % 2;
-    if (token < kTokens) ptx::st_shared_float(values.maxima(tile.warp()) + token * 4, fmaxf(largest, 0.0f));
+  for (uint32 b = 0; b < kBatches; ++b) {
+    float magnitudes[8] = {};
+#pragma unroll
+    for (uint32 i = 0; i < 8; ++i)
+      if (4 * b + i / 2 < kBlocks) magnitudes[i] = fabsf(totals[4 * (4 * b + i / 2) + i % 2]);
+    largest[b] = max_over_lane_groups(magnitudes);
+  }
+#pragma unroll
+  for (uint32 b = 0; b < kBatches; ++b) {
+    const uint32 token = 32 * b + 8 * (tile.lane_group() / 2) + 2 * tile.lane_in_group() + tile.lane_group() % 2;
+    if (token < kTokens) ptx::st_shared_float(values.maxima(tile.warp()) + token * 4, fmaxf(largest[b], 0.0f));  // fmaxf passes over NaN
   }
   ptx::barrier_sync<128>(barrier);
 
   // One thread per token agrees on the exponent, publishes it, and leaves its inverse where the scale was.
+  constexpr uint32 kMine = ceil_div(kTokens, 128);
+  float amax[kMine] = {};
 #pragma unroll
-  for (uint32 i = 0; i < ceil_div(kTokens, 128); ++i) {
-    const uint32 token = tile.thread() + i * 128;
-    if (token < kTokens) {
-      float amax = 0.0f;
+  for (uint32 i = 0; i < kMine; ++i)
+    if (const uint32 token = tile.thread() + 128 * i; token < kTokens)
 #pragma unroll
-      for (uint32 warp = 0; warp < 4; ++warp) amax = fmaxf(amax, ptx::ld_shared_float(values.maxima(warp) + token * 4));
-      const uint32 e = ceil_exponent(amax);
-      ptx::st_shared_float(values.scales + token * 4, exponent_to_float(254 - e));
-      if (token < tile.num_tokens) p.a_sf[uint64(tile.first_row + token) * (p.n / 64) + tile.row_block] = e;
-    }
+      for (uint32 warp = 0; warp < 4; ++warp) amax[i] = fmaxf(amax[i], ptx::ld_shared_float(values.maxima(warp) + token * 4));
+#pragma unroll
+  for (uint32 i = 0; i < kMine; ++i) {
+    const uint32 token = tile.thread() + 128 * i, e = ceil_exponent(amax[i]);
+    if (token < kTokens) ptx::st_shared_float(values.scales + token * 4, exponent_to_float(254 - e));
+    if (token < tile.num_tokens) p.a_sf[uint64(tile.first_row + token) * (p.n / 64) + tile.row_block] = e;
   }
   ptx::barrier_sync<128>(barrier);
 
   const uint32 channel = tile.warp() * 8 + tile.lane_group();
+  ptx::Words2 inverse[kBlocks];
 #pragma unroll
-  for (uint32 first = 0; first < kTokens / 8; first += kBatch) {
-    ptx::Words2 inverse[kBatch];
+  for (uint32 j = 0; j < kBlocks; ++j) inverse[j] = ptx::ld_shared_64(values.scales + offset_of(j));
 #pragma unroll
-    for (uint32 b = 0; b < kBatch; ++b)
-      if (first + b < kTokens / 8)
-        inverse[b] = ptx::ld_shared_64(values.scales + (8 * (first + b) + 2 * tile.lane_in_group()) * 4);
-#pragma unroll
-    for (uint32 b = 0; b < kBatch; ++b) {
-      const uint32 j = first + b, token = 8 * j + 2 * tile.lane_in_group();
-      if (j >= kTokens / 8) break;
-      const uint32 codes = ptx::pack_e4m3(totals[4 * j] * __uint_as_float(inverse[b].x), totals[4 * j + 1] * __uint_as_float(inverse[b].y));
-      ptx::st_shared_byte(staging + token * kPitch + channel, codes & 0xff);
-      ptx::st_shared_byte(staging + (token + 1) * kPitch + channel, codes >> 8);
-    }
+  for (uint32 j = 0; j < kBlocks; ++j) {
+    const uint32 to = staging + (8 * j + 2 * tile.lane_in_group()) * kPitch + channel;
+    const uint32 codes = ptx::pack_e4m3(totals[4 * j] * __uint_as_float(inverse[j].x), totals[4 * j + 1] * __uint_as_float(inverse[j].y));
+    ptx::st_shared_byte(to, codes & 0xff);
+    ptx::st_shared_byte(to + kPitch, codes >> 8);
   }
   ptx::barrier_sync<128>(barrier);
+
 #pragma unroll
   for (uint32 i = 0; i < ceil_div(kTokens, 64); ++i) {
     const uint32 token = i * 64 + tile.thread() / 2, half = tile.thread() % 2;

@@ -52,7 +52,6 @@ struct TileStream {
       tile.first_k = 0;
       tile.num_k = num_k_blocks;
       tile.num_contributors = 0;
-      tile.is_owner = true;
       next_tile += gridDim.x;
       return true;
     }
@@ -72,10 +71,9 @@ struct TileStream {
     locate(end_of_rounds + last, tile);
     tile.first_k = begin - tile_begin;
     tile.num_k = part_end - begin;
-    tile.is_owner = part_end == tile_begin + num_k_blocks;
     // The block that has the tile's first block of K is the last one that begins at it or before.
     const uint32 first_block = ceil_div((tile_begin + 1) * num_parts, num_split_blocks()) - 1;
-    tile.num_contributors = tile.is_owner ? blockIdx.x - first_block : 0;
+    tile.num_contributors = part_end == tile_begin + num_k_blocks ? blockIdx.x - first_block : Tile::kNotOwner;
     part_end = begin;
     return true;
   }

@@ -108,7 +108,6 @@ struct MoeTaskStream {
     task.first_k = 0;
     task.num_k = shape.k_blocks[linear];
     task.num_contributors = 0;
-    task.is_owner = true;
     task.is_only_reader = count == 1;
     task.linear = linear;
     task.number = number;
