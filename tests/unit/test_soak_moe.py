@@ -33,10 +33,22 @@ def test_a_wrong_token_is_named(monkeypatch):
     y[4] *= 1.5
     error, problem = soak_moe.judge(each, y, due)
     assert error == pytest.approx(0.5)
-    assert problem == f"rank 2: error median 0.00e+00, largest 5.00e-01 in token 4, all finite; {each}"
+    assert problem == f"rank 2: largest error 5.00e-01 in token 4, all finite; {each}"
     y[4] = torch.nan
     assert soak_moe.judge(each, y, due)[1].endswith(f"NaN or Inf; {each}")
     assert soak_moe.judge(each, due[:0], due[:0]) == (0.0, "")
+
+
+def test_the_median_is_judged_over_many_rounds(monkeypatch):
+    monkeypatch.setattr(soak_moe.dist, "get_rank", lambda: 1)
+    rounds = [Round(seed, "uniform", (t,), 0, False) for seed, t in ((40, 1), (41, 0), (42, 30))]
+    due = [torch.randn(t, 64) for t in (1, 0, 30)]
+    one_is_off = [(due[0] * 1.02, due[0]), (due[1], due[1]), (due[2], due[2])]
+    assert soak_moe.judge_median(rounds, one_is_off) == ""
+    most_are_off = [(due[0], due[0]), (due[1], due[1]), (due[2] * 1.02, due[2])]
+    assert soak_moe.judge_median(rounds, most_are_off) == "rank 1: median error 2.00e-02 over the tokens of seeds 40 to 42"
+    nothing = [(due[1], due[1])]
+    assert soak_moe.judge_median(rounds[1:2], nothing) == ""
 
 
 def test_the_line():
