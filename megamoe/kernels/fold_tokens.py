@@ -6,7 +6,7 @@ import torch
 
 from megamoe.errors import check
 from megamoe.formats import QuantizedTokens
-from megamoe.kernels import jit
+from megamoe.kernels import devices, jit
 from megamoe.kernels.fp4_gemm import num_sms
 from megamoe.kernels.launch import params_struct
 
@@ -63,5 +63,5 @@ def fold_tokens(x: QuantizedTokens, bounds: torch.Tensor | None = None, out: Qua
             channels_per_sf=x.group, group_stride=0 if bounds is None else num_rows // len(bounds))
         kernel = jit.build(OP, None, source, ENTRY, device)
         grid = min(-(-num_rows // _WARPS), _BLOCKS_PER_SM * num_sms(device))
-        kernel.launch(grid, 32 * _WARPS, 0, params, torch.cuda.current_stream(device).cuda_stream)
+        kernel.launch(grid, 32 * _WARPS, 0, params, devices.stream(device))
     return out

@@ -31,7 +31,7 @@ class Kernel:
     def __repr__(self) -> str:
         return f"Kernel({self.name}, cuda:{self.device}, {self.num_registers} registers, up to {self.max_smem_bytes} B of shared memory)"
 
-    def launch(self, grid: int, block: int, smem_bytes: int, params: ctypes.Structure, stream: int, *, cluster: int = 1, pdl: bool = False,
+    def launch(self, grid: int, block: int, smem_bytes: int, params: "Params", stream: int, *, cluster: int = 1, pdl: bool = False,
                cooperative: bool = False) -> None:
         """Enqueue one launch. The kernel's device must be current.
 
@@ -39,7 +39,7 @@ class Kernel:
             grid, block: number of blocks, and of threads per block.
             smem_bytes: dynamic shared memory.
             params: the kernel's only parameter, by value; the driver copies it before this returns. See `params_struct`.
-            stream: cudaStream_t, e.g. torch.cuda.current_stream().cuda_stream.
+            stream: cudaStream_t, e.g. devices.stream(device).
             cluster: blocks per cluster along x.
             pdl: the kernel may start before the one before it in the stream ends (it waits itself with griddepcontrol.wait).
             cooperative: refuse a grid that does not fit on the device at once.
@@ -53,7 +53,7 @@ class Kernel:
         config = self._configs.get(key)
         if config is None:
             config = self._add_config(key)
-        status = self._call(config, self._function, _byref(_pointer(_addressof(params))), None)
+        status = self._call(config, self._function, params.argument, None)
         if status:
             shape = f"grid {grid}, block {block}, cluster {cluster}, {smem_bytes} B of shared memory"
             driver.check(status, f"launching {self.name} with {shape}")
@@ -78,7 +78,9 @@ class Kernel:
 
 
 class Params(ctypes.Structure):
-    """Base of parameter blocks."""
+    """Base of parameter blocks. `argument` is what the driver wants for one: a pointer to a list of one pointer to it."""
+
+    argument: object
 
     @classmethod
     def allocate(cls, **values: object) -> "Params":
@@ -87,6 +89,7 @@ class Params(ctypes.Structure):
         block = cls.from_buffer(buffer, -_addressof(buffer) % cls.alignment)
         for name, value in values.items():
             setattr(block, name, value)
+        block.argument = _byref(_pointer(_addressof(block)))
         return block
 
 

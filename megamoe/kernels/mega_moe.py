@@ -14,7 +14,7 @@ from megamoe.comm.device_calls import CallStateParams, DeviceCalls
 from megamoe.comm.protocol import ArenaDims, Layout, emit_struct, pack
 from megamoe.errors import check
 from megamoe.formats import Sm90Weight
-from megamoe.kernels import codegen, jit
+from megamoe.kernels import codegen, devices, jit
 from megamoe.kernels.fp4_gemm import Fp4GemmParams, Grouping, block_constants, gemm_params
 from megamoe.kernels.fp4_gemm_config import BLOCK_K
 from megamoe.kernels.launch import Params, params_struct
@@ -193,7 +193,7 @@ class MegaMoe:
         """
         kernel = jit.build(*kernel_text(config, self.dims, has_timeline=timeline is not None), self.device.index)
         params = self.params(config, experts, routed, y, timeline)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = devices.stream(self.device.index)
         kernel.launch(self.num_blocks, config.num_threads, config.smem_bytes, params, stream, cooperative=True)
 
     def _make_params(self, config: MegaMoeConfig, experts: MegaExperts, routed: RoutedRows) -> Params:
@@ -227,5 +227,5 @@ def launch_virtual(config: MegaMoeConfig, dims: ArenaDims, params: Sequence[Para
     ranks = torch.frombuffer(bytearray(b"".join(map(bytes, params))), dtype=torch.uint8).to(device)
     kernel = jit.build(*kernel_text(config, dims, True, has_timeline), device.index)
     block = VirtualParams.allocate(ranks=ranks.data_ptr(), num_blocks=num_blocks)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = devices.stream(device.index)
     kernel.launch(len(params) * num_blocks, config.num_threads, config.smem_bytes, block, stream, cooperative=True)

@@ -14,7 +14,7 @@ import torch
 from megamoe.comm.device_calls import DeviceCalls
 from megamoe.comm.protocol import Layout
 from megamoe.errors import check
-from megamoe.kernels import jit, moe_sources
+from megamoe.kernels import devices, jit, moe_sources
 from megamoe.kernels.moe_sources import CHUNK_ENTRIES, OPS, PARAMS, ROUTING_OPS, Symm, blocks_per_sm, threads
 
 _COMBINE_CHANNELS_PER_THREAD = 8
@@ -194,5 +194,5 @@ class ArenaDispatch:
         return max(1, min(num_blocks, blocks_per_sm(op, self.dims) * self._num_sms))
 
     def _launch(self, op: str, grid: int, pdl: bool = False) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = devices.stream(self.device.index)
         self._kernels[op].launch(grid, threads(op, self.dims), 0, self._params[op], stream, pdl=pdl)

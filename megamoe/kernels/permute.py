@@ -123,7 +123,7 @@ def _permute(rows, index, out) -> None:
             errors=device_errors.target(PERMUTE, device), num_rows=len(rows), num_out=len(out), row_bytes=row_bytes)
         num_warps = len(out) * -(-row_bytes // (vector_bytes * _PERMUTE_VECTORS))
         kernel = jit.build(PERMUTE, vector_bytes, lambda: permute_source(vector_bytes), PERMUTE, device)
-        kernel.launch(-(-num_warps // (THREADS // 32)), THREADS, 0, params, torch.cuda.current_stream(device).cuda_stream)
+        kernel.launch(-(-num_warps // (THREADS // 32)), THREADS, 0, params, devices.stream(device))
 
 
 def _unpermute(rows, index, weights, out) -> None:
@@ -143,7 +143,7 @@ def _unpermute(rows, index, weights, out) -> None:
             num_rows=len(rows), num_tokens=len(out), num_topk=index.shape[1], num_channels=rows.shape[1])
         num_warps = len(out) * -(-rows.shape[1] // _UNPERMUTE_CHANNELS)
         kernel = jit.build(UNPERMUTE, None, unpermute_source, UNPERMUTE, device)
-        kernel.launch(-(-num_warps // (THREADS // 32)), THREADS, 0, params, torch.cuda.current_stream(device).cuda_stream)
+        kernel.launch(-(-num_warps // (THREADS // 32)), THREADS, 0, params, devices.stream(device))
 
 
 def _check_index(op: str, what: str, index: torch.Tensor, num_rows: int, size: str, fix: str) -> None:

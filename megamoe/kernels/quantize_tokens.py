@@ -113,7 +113,7 @@ def launch(op: str, params_name: str, config: tuple[str, int], params: ctypes.St
         num_warps = num_rows * -(-num_vectors // (32 * VECTORS_PER_THREAD))
         grid, block = -(-num_warps // (THREADS // 32)), THREADS
     kernel = jit.build(op, config, lambda: source(op, params_name, config), op, device)
-    kernel.launch(grid, block, 0, params, torch.cuda.current_stream(device).cuda_stream)
+    kernel.launch(grid, block, 0, params, devices.stream(device))
 
 
 def _launch_op(x, channels_per_sf, codes, sf) -> None:

@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from megamoe.kernels import device_errors, jit
+from megamoe.kernels import device_errors, devices, jit
 from megamoe.kernels.device_errors import DeviceErrors
 from megamoe.kernels.launch import params_struct
 
@@ -94,4 +94,4 @@ def _indices(values: torch.Tensor) -> Indices:
 
 def _launch(name: str, grid: int, params: ctypes.Structure, device: int) -> None:
     kernel = jit.build(name, None, lambda: source(name), name, device)
-    kernel.launch(grid, _THREADS[name], 0, params, torch.cuda.current_stream(device).cuda_stream)
+    kernel.launch(grid, _THREADS[name], 0, params, devices.stream(device))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamoe.formats import layout_sm90, quantize_fp4
-from megamoe.kernels import compiler, device_errors, fold_tokens, fp4_gemm, jit, row_bounds
+from megamoe.kernels import compiler, device_errors, devices, fold_tokens, fp4_gemm, jit, row_bounds
 from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES, with_most_stages
 
 STRUCTS = {
@@ -55,7 +55,7 @@ def launches(monkeypatch) -> list:
     monkeypatch.setattr(jit, "build", lambda op, config, make_source, entry, device: HashableKernel(kernel.launch))
     monkeypatch.setattr(fp4_gemm, "num_sms", lambda device: 8)
     monkeypatch.setattr(fp4_gemm, "_workspace", lambda device, stream, num_bytes: WORKSPACE)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(devices, "stream", lambda device: 0)
     monkeypatch.setattr(fp4_gemm, "tensor_map", lambda x, box, **options: fp4_gemm.TensorMap((x.data_ptr(), *box)))
     fp4_gemm._launches.clear()
     yield recorded
