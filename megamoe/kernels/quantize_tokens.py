@@ -21,7 +21,7 @@ CHANNELS = 32  # a row is a multiple of these
 VECTOR = 8  # channels of one load
 VECTORS_PER_THREAD = 4
 THREADS = 256
-MIN_BLOCKS = 3  # per SM; without it the compiler sinks loads to their uses, to fit more blocks than the loads in flight need
+MIN_BLOCKS = 4  # per SM; without it the compiler sinks loads to their uses, to fit more blocks than the loads in flight need
 
 _u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
 QuantizedRows = params_struct("QuantizedRows", [("codes", _pointer), ("sf", _pointer), ("num_rows", _u32), ("num_channels", _u32)])

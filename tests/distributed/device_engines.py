@@ -57,6 +57,7 @@ def run_and_judge(layer: MegaMoE, case: LayerCase, rank: int) -> torch.Tensor:
     """Two calls: equal bits, the rows they should receive, and the acceptance. Returns y."""
     inputs, where = device_inputs(case, rank), f"{layer.engine.name}, rank {rank} of {case}"
     poison(layer)
+    layer.expert_load()  # forgets the calls before
     y = layer(*inputs)
     load = layer.expert_load()
     again = layer(*inputs)
