@@ -153,7 +153,7 @@ class Fp4GemmConfig(GemmBlock):
 
     @property
     def fixed_bytes(self) -> int:
-        token_floats = 6 if self.epilogue == "swiglu" else 4 if self.scatter else 2 if self.has_bias else 1
+        token_floats = 4 if self.scatter else 2 if self.has_bias or self.epilogue == "swiglu" else 1
         return self._bytes_beside_stages(token_floats, self.has_bias)
 
     @cached_property  # every launch asks for it: 1 us of host time

@@ -15,7 +15,7 @@ MAX_TOKEN_TILE = {2: 176, 3: 104, 4: 32}
 MAX_DOUBLE_BUFFERED = {2: 176, 3: 96, 4: 48}
 # Largest token tile with registers for the packed weights of a block ahead, with two warpgroups.
 LOADS_AHEAD = 128
-_TOKEN_FLOATS = 6  # of epilogue swiglu, which has more than the other one
+_TOKEN_FLOATS = 4  # scale, weight and the address of a destination
 _SLICE = 32  # of H and I: the channels that share an exponent
 
 

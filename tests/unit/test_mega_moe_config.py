@@ -42,7 +42,7 @@ def test_what_is_not_legal(change, message):
 def test_shared_memory_of_one_config():
     config = MegaMoeConfig(**SHAPE)
     stage = 13 * 1024 + 64 * 128  # 3 units of 4352 bytes rounded up to 1024, then the tokens
-    gemm = 4 * (stage + 16) + 3 * 64 * (144 + 24) + 128 * 16 + 16 + 4 * (48 + 16)
+    gemm = 4 * (stage + 16) + 3 * 64 * (144 + 16) + 128 * 16 + 16 + 4 * (48 + 16)
     assert config.gemm_bytes == gemm
     assert config.smem_bytes == -(-gemm // 128) * 128 + 2 * (7168 + 16) + 4 * 8
     assert replace(config, has_down_bias=True).gemm_bytes == gemm + 4 * 192

@@ -42,11 +42,11 @@ struct SmemPlan {
   static constexpr uint32 kTokensOffset = round_up(kWeightBytes, 1024);
   static constexpr uint32 kMaxTokens = Config::TokenTiles::largest();
   static constexpr uint32 kStageBytes = kTokensOffset + kMaxTokens * sm90::WeightUnit::kK;
-  // Epilogue staging of one warpgroup: a token per row, 64 channels in BF16; 16 bytes of padding keep 8 consecutive rows in different
-  // banks.
+  // Epilogue staging of one warpgroup: a token per row, 64 channels in BF16 or 32 activated ones in FP32; 16 bytes of padding keep 8
+  // consecutive rows in different banks.
   static constexpr uint32 kStagingPitch = 64 * 2 + 16;
   static constexpr uint32 kStagingBytes = kMaxTokens * kStagingPitch;
-  static constexpr uint32 kTokenFloats = Config::kSwiglu ? 6 : Config::kScatter ? 4 : Config::kHasBias ? 2 : 1;  // TokenValues
+  static constexpr uint32 kTokenFloats = Config::kScatter ? 4 : Config::kSwiglu || Config::kHasBias ? 2 : 1;  // TokenValues
 
   static constexpr uint32 kStaging = Config::kStages * kStageBytes;
   static constexpr uint32 kTokenValues = kStaging + Config::kMathWarpgroups * kStagingBytes;
@@ -68,8 +68,7 @@ struct TokenValues {
       : scales(base + SmemPlan<Config>::kTokenValues + warpgroup * SmemPlan<Config>::kTokenFloats * kRowBytes) {}
 
   MEGAMOE_DEVICE uint32 weights() const { return scales + kRowBytes; }
-  MEGAMOE_DEVICE uint32 maxima(uint32 warp) const { return scales + (2 + warp) * kRowBytes; }  // swiglu: what the warps agree on
-  MEGAMOE_DEVICE uint32 destinations() const { return scales + 2 * kRowBytes; }                // scatter: int64, two rows
+  MEGAMOE_DEVICE uint32 destinations() const { return scales + 2 * kRowBytes; }  // scatter: int64, two rows
 };
 
 // Named barriers; 0 is __syncthreads. Each of at most four math warpgroups has its own for its epilogue; kMathBarrier is for all of them.
