@@ -109,8 +109,8 @@ def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: 
     stream = devices.stream(device)
     if workspace is None:
         workspace = _workspace(device, stream, config.workspace_bytes(num_sms(device)))
-    key = (kernel, workspace.data_ptr(), weight.blocks.data_ptr(), weight.row_base.data_ptr(), weight.shape, weight.interleaved, limit, alpha,
-           up_bias, *[t if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors])
+    key = (kernel, workspace.data_ptr(), weight.blocks.data_ptr(), weight.row_base.data_ptr(), weight.shape, weight.interleaved, limit,
+           alpha, up_bias, *[t if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors])
     params = _launches.get(key)
     if params is None:
         _check(weight, config, *tensors)
