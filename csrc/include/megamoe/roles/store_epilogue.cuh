@@ -166,7 +166,8 @@ MEGAMOE_DEVICE void store_epilogue(float (&totals)[kTokens / 2], const Fp4GemmPa
   for (uint32 j = 0; j < kTokens / 8; ++j) {
     const uint32 row = matrix_row + j * 8 * Plan::kStagingPitch;
     const float s0 = __uint_as_float(scales[j].x), s1 = __uint_as_float(scales[j].y);
-    float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1, totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
+    float v[4] = {totals[4 * j] * upper * s0, totals[4 * j + 1] * upper * s1,
+                  totals[4 * j + 2] * lower * s0, totals[4 * j + 3] * lower * s1};
     if constexpr (Config::kHasBias) {
       const ptx::Words2 w = ptx::ld_shared_64(values.weights() + (8 * j + 2 * tile.lane_in_group()) * 4);
       const float w0 = __uint_as_float(w.x), w1 = __uint_as_float(w.y);
