@@ -3,7 +3,7 @@
 // Gate and up rows are interleaved by 8, so one thread holds both of a channel. A warpgroup's 64 rows are 32 channels, one group: it never
 // leaves the warpgroup. The fragment is channel-major, the output token-major: the activated values go through shared memory, from where
 // two threads each take a token, agree on its exponent and write its 32 codes. The maximum over lanes and warps before that exchange, then
-// an exchange of codes, took 30 % more instructions and two barriers more.
+// an exchange of codes, took a fifth more instructions and two barriers more.
 #pragma once
 
 #include <megamoe/e4m3.cuh>
