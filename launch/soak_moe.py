@@ -24,6 +24,9 @@ from megamoe.engines import ENGINES
 from megamoe.testing.compare import MAX_RELATIVE, MEDIAN_RELATIVE, error_report
 
 ROUNDS_PER_LOOK = 20  # between looks at the clock, in which ranks meet
+# Tokens of a rank from which on the median of a call is judged by itself; that of all calls between two looks always is. A few tokens may
+# well be those whose intermediate was rounded another way: one that was 1.3e-2 off ended a run of qwen3-30b (7ba397a).
+MEDIAN_TOKENS = 64
 SECONDS_PER_LINE = 10.0
 MAX_DELAY_CYCLES, MAX_DELAY_S = 2_000_000, 1e-3
 
@@ -102,14 +105,14 @@ def judge(each: Round, y: torch.Tensor, due: torch.Tensor) -> tuple[float, str]:
     """The largest error of a token, and what is wrong, if anything."""
     report = error_report(y, due.double())
     is_finite = bool(y.isfinite().all())
-    if is_finite and report.max <= MAX_RELATIVE:
+    if is_finite and report.max <= MAX_RELATIVE and (report.median <= MEDIAN_RELATIVE or len(y) < MEDIAN_TOKENS):
         return report.max, ""
-    what = f"largest error {report.max:.2e} in token {report.worst_token}"
+    what = f"error median {report.median:.2e}, largest {report.max:.2e} in token {report.worst_token}"
     return report.max, f"rank {dist.get_rank()}: {what}, {'all finite' if is_finite else 'NaN or Inf'}; {each}"
 
 
 def judge_median(rounds: list[Round], outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
-    """What is wrong, if anything. Over many rounds: a single token may well be one whose intermediate was rounded another way."""
+    """What is wrong with the median over the tokens of all these rounds, if anything."""
     y, due = (torch.cat(parts) for parts in zip(*outputs))
     median = error_report(y, due.double()).median
     seeds = f"seeds {rounds[0].seed} to {rounds[-1].seed}"

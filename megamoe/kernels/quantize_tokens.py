@@ -21,9 +21,9 @@ CHANNELS = 32  # a row is a multiple of these
 VECTOR = 8  # channels of one load
 VECTORS_PER_THREAD = 4
 THREADS = 256
-# Blocks per SM, of group "token" and of others: what the registers allow. Without a number the compiler sinks loads to their uses, to fit
-# more blocks than the loads in flight need. swiglu_quantize with group 32, 8192 rows: 33.9 us with four, 35.8 with three.
-MIN_BLOCKS = {True: 3, False: 4}
+# Per SM: what the registers allow. Without a number the compiler sinks loads to their uses, to fit more blocks than the loads in flight
+# need. swiglu_quantize with group 32, 8192 rows: 33.9 us with four, 35.8 with three (H200, 420cbcf).
+MIN_BLOCKS, MIN_BLOCKS_WHOLE_TOKEN = 4, 3
 
 _u32, _pointer = ctypes.c_uint32, ctypes.c_void_p
 QuantizedRows = params_struct("QuantizedRows", [("codes", _pointer), ("sf", _pointer), ("num_rows", _u32), ("num_channels", _u32)])
@@ -37,7 +37,7 @@ def config(dtype: torch.dtype, group: int | str) -> tuple[str, int]:
 
 def source(op: str, params: str, config: tuple[str, int]) -> str:
     """One translation unit with the kernel `op`, of this file or of swiglu_quantize.py."""
-    bounds = f"__launch_bounds__({THREADS}, {MIN_BLOCKS[config[1] == WHOLE_TOKEN]})"
+    bounds = f"__launch_bounds__({THREADS}, {MIN_BLOCKS_WHOLE_TOKEN if config[1] == WHOLE_TOKEN else MIN_BLOCKS})"
     return "\n".join([
         f"#include <megamoe/kernels/{op}.cuh>",
         f'extern "C" __global__ void {bounds} {op}(const __grid_constant__ megamoe::{params} params) {{',

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,17 @@ def test_what_a_launch_gets(launches):
     assert (grouping.offsets, grouping.bounds, grouping.counts) == (None, bounds.data_ptr(), None)
     assert (grouping.num_groups, grouping.num_rows, grouping.group_stride) == (3, 30, 10)
     assert (params.bias, params.a_codes) == (None, None) and params.limit == math.inf
+
+
+@pytest.mark.parametrize("change", ({"interleaved": True}, {"blocks": lambda w: w.blocks[:, :, :1]}, {"row_base": lambda w: w.row_base[:2]}))
+def test_a_weight_that_changed_at_its_addresses_is_checked_anew(launches, change):
+    w, bounds = weight(3), torch.zeros(3, 2, dtype=torch.int32)
+    given = operands(30, w)
+    fp4_gemm.fp4_gemm(**given, config=STORE, bounds=bounds)
+    given["weight"] = replace(w, **{name: value(w) if callable(value) else value for name, value in change.items()})
+    with pytest.raises(ValueError, match=r"fp4_gemm: weight\.(interleaved|blocks|row_base)"):
+        fp4_gemm.fp4_gemm(**given, config=STORE, bounds=bounds)
+    assert len(launches) == 1
 
 
 def test_what_a_swiglu_launch_gets(launches):

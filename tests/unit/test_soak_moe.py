@@ -33,10 +33,17 @@ def test_a_wrong_token_is_named(monkeypatch):
     y[4] *= 1.5
     error, problem = soak_moe.judge(each, y, due)
     assert error == pytest.approx(0.5)
-    assert problem == f"rank 2: largest error 5.00e-01 in token 4, all finite; {each}"
+    assert problem == f"rank 2: error median 0.00e+00, largest 5.00e-01 in token 4, all finite; {each}"
     y[4] = torch.nan
     assert soak_moe.judge(each, y, due)[1].endswith(f"NaN or Inf; {each}")
     assert soak_moe.judge(each, due[:0], due[:0]) == (0.0, "")
+
+
+@pytest.mark.parametrize("num_tokens, is_right", ((63, True), (64, False)))
+def test_the_median_of_a_large_call_is_judged_by_itself(monkeypatch, num_tokens, is_right):
+    monkeypatch.setattr(soak_moe.dist, "get_rank", lambda: 0)
+    due, each = torch.randn(num_tokens, 64), Round(7, "uniform", (num_tokens,), 0, False)
+    assert (soak_moe.judge(each, due * 1.02, due)[1] == "") == is_right
 
 
 def test_the_median_is_judged_over_many_rounds(monkeypatch):
