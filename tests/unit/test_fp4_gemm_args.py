@@ -108,7 +108,8 @@ def test_what_a_launch_gets(launches):
     assert (params.bias, params.a_codes) == (None, None) and params.limit == math.inf
 
 
-@pytest.mark.parametrize("change", ({"interleaved": True}, {"blocks": lambda w: w.blocks[:, :, :1]}, {"row_base": lambda w: w.row_base[:2]}))
+@pytest.mark.parametrize("change", (
+    {"interleaved": True}, {"blocks": lambda w: w.blocks[:, :, :1]}, {"row_base": lambda w: w.row_base[:2]}))
 def test_a_weight_that_changed_at_its_addresses_is_checked_anew(launches, change):
     w, bounds = weight(3), torch.zeros(3, 2, dtype=torch.int32)
     given = operands(30, w)
