@@ -71,6 +71,7 @@ def block_constants(config: GemmBlock) -> dict[str, int | bool]:
         "math_warpgroups": config.num_math_warpgroups, "threads": config.num_threads, "math_registers": config.math_registers,
         "aux_registers": config.aux_registers, "stages": config.num_stages, "max_groups": config.max_groups,
         "max_double_buffered": config.max_double_buffered, "loads_ahead": config.loads_ahead, "unit_map_lines": UNIT_MAP_LINES,
+        "cluster_blocks": config.cluster_blocks,
     }
 
 
@@ -158,7 +159,8 @@ def gemm_params(x: torch.Tensor, weight: Sm90Weight, config: GemmBlock, grouping
     values = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in operands.items()}
     params = Fp4GemmParams.allocate(w_row_base=_address(weight.row_base), grouping=grouping,
                                     n=weight.shape[1], num_row_blocks=num_row_blocks, num_k_blocks=num_k_blocks, **values)
-    for i, tokens in enumerate(config.token_tiles):
+    boxes = [part for tokens in config.token_tiles for part in config.token_parts(tokens)]
+    for i, tokens in enumerate(boxes):
         params.x_maps[i] = tensor_map(x, (tokens, BLOCK_K), swizzle_bytes=128, l2_bytes=256)
     # Units as UNIT_MAP_LINES lines of 8-byte words.
     units = weight.blocks.view(torch.int64).view(num_groups, num_row_blocks, num_k_blocks * UNIT_MAP_LINES, -1)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 from megamoe.errors import check
@@ -45,6 +46,7 @@ class GemmBlock:
     max_groups: int
     fixed_bytes: int
     smem_bytes: int
+    cluster_blocks: int = 1
 
     @property
     def math_registers(self) -> int:
@@ -83,6 +85,11 @@ class GemmBlock:
     def fitting_stages(self) -> int:
         return (self.max_gemm_bytes - self.fixed_bytes) // (self.stage_bytes + 16)
 
+    def token_parts(self, tokens: int) -> list[int]:
+        """Of a tile of `tokens`, what each block of a cluster brings (first_token_of in csrc)."""
+        firsts = [round_up(tokens * rank // self.cluster_blocks, 8) for rank in range(self.cluster_blocks + 1)]
+        return [end - first for first, end in pairwise(firsts)]
+
     def _bytes_beside_stages(self, token_floats: int, has_bias: bool) -> int:
         """Epilogue staging, values per token, biases, group table and tile ring. The kernel asserts that the sum is its own."""
         per_token = STAGING_PITCH + 4 * token_floats
@@ -96,10 +103,11 @@ class GemmBlock:
     def _check_block(self, op: str, largest_tiles: dict[int, int]) -> None:
         """Raise ValueError unless tiles, group table and stages are legal; `largest_tiles` by number of math warpgroups."""
         self._need(op, self.num_math_warpgroups in largest_tiles, "num_math_warpgroups", f"one of {tuple(largest_tiles)}", "see REGISTERS")
-        largest, most, tiles = largest_tiles[self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES, self.token_tiles
-        is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and 8 <= t <= largest for t in tiles)
+        cluster, tiles = self.cluster_blocks, self.token_tiles
+        largest, most, least = largest_tiles[self.num_math_warpgroups], MAX_TOKEN_TILE_SIZES // cluster, 8 * cluster
+        is_legal = 0 < len(tiles) <= most and all(t % 8 == 0 and least <= t <= largest for t in tiles)
         self._need(op, is_legal and tiles == tuple(sorted(set(tiles))), "token_tiles",
-                   f"at most {most} ascending multiples of 8 up to {largest}", "use fewer sizes or fewer warpgroups")
+                   f"at most {most} ascending multiples of 8 from {least} to {largest}", "use fewer sizes or fewer warpgroups")
         is_power = self.max_groups > 0 and self.max_groups & (self.max_groups - 1) == 0
         self._need(op, is_power, "max_groups", "a power of two", "round it up")
         self._need(op, 2 <= self.num_stages, "num_stages", "at least 2", "a ring needs two")

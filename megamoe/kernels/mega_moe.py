@@ -112,15 +112,16 @@ def stream_shape(config: MegaMoeConfig, dims: ArenaDims, num_blocks: int) -> Par
     """The MoeStreamShape of a rank with `num_blocks` blocks: how its tiles share the pool, and how far linear 2 trails linear 1.
 
     Raises:
-        ValueError: the pool does not hold one token tile.
+        ValueError: the pool does not hold one token tile, or the blocks do not make whole clusters.
     """
-    tile, rows = config.max_token_tile, dims.pool_rows
+    tile, rows, cluster = config.max_token_tile, dims.pool_rows, config.cluster_blocks
+    check(num_blocks % cluster == 0, OP, "num_blocks", f"a multiple of {cluster}", num_blocks, "take a config without clusters")
     check(rows >= tile, OP, "pool_rows", f"at least {tile}, one token tile", rows, "raise arena_bytes")
     num_slots = min(rows // tile, MAX_SLOTS)
     sizes = (2 * config.intermediate, config.hidden), (config.hidden, config.intermediate)  # (N, K) of both linears
-    row_tiles = [-(-n // config.tile_rows) for n, _ in sizes]
+    row_tiles = [-(-n // (config.tile_rows * cluster)) for n, _ in sizes]
     # INVARIANT: num_slots >= lag + 2 * band - 1 (schedule/moe_tasks.cuh).
-    lag = min(-(-LAG_ROUNDS * num_blocks // sum(row_tiles)), (num_slots - 1) // 2)
+    lag = min(-(-LAG_ROUNDS * (num_blocks // cluster) // sum(row_tiles)), (num_slots - 1) // 2)
     band = min(MAX_BAND_TILES, (num_slots - lag + 1) // 2)
     return MoeStreamShape.allocate(
         row_tiles=(_u32 * 2)(*row_tiles), k_blocks=(_u32 * 2)(*(-(-k // BLOCK_K) for _, k in sizes)), band_tiles=band, lag_tiles=lag,
@@ -194,7 +195,8 @@ class MegaMoe:
         kernel = jit.build(*kernel_text(config, self.dims, has_timeline=timeline is not None), self.device.index)
         params = self.params(config, experts, routed, y, timeline)
         stream = devices.stream(self.device.index)
-        kernel.launch(self.num_blocks, config.num_threads, config.smem_bytes, params, stream, cooperative=True)
+        kernel.launch(self.num_blocks, config.num_threads, config.smem_bytes, params, stream, cluster=config.cluster_blocks,
+                      cooperative=True)
 
     def _make_params(self, config: MegaMoeConfig, experts: MegaExperts, routed: RoutedRows) -> Params:
         dims, pool, counters = self.dims, self._pool, self.counters.data_ptr()
@@ -228,4 +230,5 @@ def launch_virtual(config: MegaMoeConfig, dims: ArenaDims, params: Sequence[Para
     kernel = jit.build(*kernel_text(config, dims, True, has_timeline), device.index)
     block = VirtualParams.allocate(ranks=ranks.data_ptr(), num_blocks=num_blocks)
     stream = devices.stream(device.index)
-    kernel.launch(len(params) * num_blocks, config.num_threads, config.smem_bytes, block, stream, cooperative=True)
+    kernel.launch(len(params) * num_blocks, config.num_threads, config.smem_bytes, block, stream, cluster=config.cluster_blocks,
+                  cooperative=True)

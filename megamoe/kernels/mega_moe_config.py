@@ -31,6 +31,8 @@ class MegaMoeConfig(GemmBlock):
         has_down_bias: linear 2 adds bias times row weight; linear 1 always takes a bias.
         hidden, intermediate: H and I, multiples of 32.
         pull_buffers: rows on their way between ranks per block.
+        cluster_blocks: blocks that work on neighbouring row tiles of one token tile, 1 or 2. Each brings a part of its tokens to all of
+            them.
 
     Raises:
         ValueError: an argument is out of range, or shared memory does not hold the stages.
@@ -46,12 +48,14 @@ class MegaMoeConfig(GemmBlock):
     hidden: int
     intermediate: int
     pull_buffers: int = 2
+    cluster_blocks: int = 1
 
     def __post_init__(self):
         for size in ("hidden", "intermediate"):
             value = getattr(self, size)
             self._need(OP, value > 0 and value % _SLICE == 0, size, f"a positive multiple of {_SLICE}", "pad the layer")
         self._need(OP, self.pull_buffers >= 1, "pull_buffers", "at least 1", "a row needs one")
+        self._need(OP, self.cluster_blocks in (1, 2), "cluster_blocks", "1 or 2", "larger clusters have not been measured")
         self._check_block(OP, MAX_TOKEN_TILE)
 
     @property
@@ -78,7 +82,8 @@ class MegaMoeConfig(GemmBlock):
 
     @property
     def _mega_bytes(self) -> int:
-        return self.pull_buffers * (self.hidden + 16) + 8 * TILE_SLOTS
+        ticket_bytes = 24 if self.cluster_blocks > 1 else 0
+        return self.pull_buffers * (self.hidden + 16) + 8 * TILE_SLOTS + ticket_bytes
 
 
 def with_most_stages(*, limit: int = 16, **shape) -> MegaMoeConfig:

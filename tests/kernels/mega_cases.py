@@ -12,11 +12,12 @@ from moe_ranks import Inputs
 from megamoe.comm.protocol import ArenaDims
 from megamoe.kernels import jit, mega_moe, moe_sources
 from megamoe.kernels.mega_moe_config import MegaMoeConfig, table_capacity, with_most_stages
-from megamoe.kernels.tuning.mega import TILES
+from megamoe.kernels.tuning import mega
+from megamoe.kernels.tuning.mega import Candidate
 
-Tiles = tuple[int, tuple[int, ...]]  # math warpgroups and token tiles
-CANDIDATES = {(warpgroups, tiles[-1]): (warpgroups, tiles) for warpgroups, tiles in TILES}  # by warpgroups and largest token tile
+CANDIDATES = {(candidate.num_math_warpgroups, candidate.token_tiles[-1]): candidate for candidate in mega.CANDIDATES}
 SMALL = CANDIDATES[2, 32]
+SMALL_CLUSTERS = Candidate(2, (16, 24, 32), cluster_blocks=2)
 
 
 def dims(num_ranks: int, num_experts: int, num_topk: int, hidden: int, intermediate: int, max_tokens: int = 128,
@@ -24,8 +25,8 @@ def dims(num_ranks: int, num_experts: int, num_topk: int, hidden: int, intermedi
     return ArenaDims(num_ranks, max_tokens, num_topk, num_experts, hidden, intermediate, "fp8xfp4", pool_rows)
 
 
-def config_for(model: Model, tiles: Tiles) -> MegaMoeConfig:
-    return with_most_stages(num_math_warpgroups=tiles[0], token_tiles=tiles[1], max_groups=table_capacity(model.num_local_experts),
+def config_for(model: Model, candidate: Candidate) -> MegaMoeConfig:
+    return with_most_stages(**candidate._asdict(), max_groups=table_capacity(model.num_local_experts),
                             has_down_bias=model.has_bias, hidden=model.dims.hidden, intermediate=model.dims.intermediate)
 
 
@@ -39,7 +40,7 @@ TILED = Model(dims=dims(2, 32, 1, 320, 160, max_tokens=2048, pool_rows=8192), li
 EDGE = Model(dims=dims(3, 12, 3, 96, 64, max_tokens=70), limit=10.0)
 POOLS = tuple(Model(dims=dims(2, 6, 4, 160, 96, pool_rows=rows)) for rows in (64, 128, 256))
 GPT_OSS = {"has_bias": True, "limit": 7.0, "alpha": 1.702, "up_bias": 1.0}
-# Widths, K and gates of models with few experts: model, tiles, tokens of each rank.
+# Widths, K and gates of models with few experts: model, candidate, tokens of each rank.
 WIDTHS = {
     "tiny": (Model(dims=dims(1, 4, 2, 64, 64)), SMALL, (50,)),
     "qwen3-30b": (Model(dims=dims(2, 16, 8, 2048, 768)), CANDIDATES[3, 64], (64, 17)),
@@ -59,14 +60,14 @@ RANDOM = (
     (Model(dims=dims(4, 8, 1, 192, 128), has_bias=True), CANDIDATES[2, 176]),
 )
 BIG = Model(dims=dims(1, 96, 6, 7168, 3072, max_tokens=64, pool_rows=1024), limit=10.0)  # 3.4 GB of weights
-CASES = ([(FEW, SMALL), (PAIR, SMALL), (EDGE, SMALL), (BIG, SMALL)] + [(TILED, tiles) for tiles in TILES]
-         + [(model, SMALL) for model in POOLS] + [case[:2] for case in WIDTHS.values()] + list(RANDOM))
+CASES = ([(model, SMALL) for model in (FEW, PAIR, EDGE, BIG, *POOLS)] + [(model, SMALL_CLUSTERS) for model in (EDGE, *POOLS)]
+         + [(TILED, candidate) for candidate in CANDIDATES.values()] + [case[:2] for case in WIDTHS.values()] + list(RANDOM))
 
 
-def sources_of(model: Model, tiles: Tiles) -> list[tuple[str, str]]:
+def sources_of(model: Model, candidate: Candidate) -> list[tuple[str, str]]:
     """(op, text) of every kernel of a MegaRanks."""
     texts = [(op, moe_sources.source(op, model.dims, is_one_pass=True)) for op in moe_sources.ROUTING_OPS]
-    return [*texts, (mega_moe.OP, mega_moe.source(config_for(model, tiles), model.dims, is_virtual=True))]
+    return [*texts, (mega_moe.OP, mega_moe.source(config_for(model, candidate), model.dims, is_virtual=True))]
 
 
 def compile_ahead(sources: set[tuple[str, str]]) -> None:
@@ -83,10 +84,10 @@ def compile_all() -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def ranks_of(model: Model, tiles: Tiles) -> MegaRanks:
+def ranks_of(model: Model, candidate: Candidate) -> MegaRanks:
     """Shared by tests that leave nothing behind."""
-    compile_ahead(set(sources_of(model, tiles)))
-    return MegaRanks(model, config_for(model, tiles))
+    compile_ahead(set(sources_of(model, candidate)))
+    return MegaRanks(model, config_for(model, candidate))
 
 
 def inputs_of(model: Model, tokens: tuple[int, ...], seed: int = 0, experts: tuple[int, ...] | None = None) -> list[Inputs]:

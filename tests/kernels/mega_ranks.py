@@ -109,7 +109,7 @@ class MegaRanks:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.arenas = VirtualRanks(model.dims, timeout_s, is_one_pass=True)
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.num_blocks = num_blocks or num_sms // self.dims.num_ranks
+        self.num_blocks = num_blocks or num_sms // self.dims.num_ranks // config.cluster_blocks * config.cluster_blocks
         ptrs = [arena.data_ptr() for arena in self.arenas.arenas]
         self.megas = [mega_moe.MegaMoe(self.arenas.layout, rank, ptrs, self.arenas.arenas[rank], self.device, self.arenas.calls[rank],
                                        self.num_blocks) for rank in range(self.dims.num_ranks)]

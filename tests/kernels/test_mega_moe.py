@@ -11,6 +11,7 @@ import pytest
 import torch
 from mega_cases import (
     BIG,
+    CANDIDATES,
     EDGE,
     FEW,
     ONE,
@@ -18,6 +19,7 @@ from mega_cases import (
     POOLS,
     RANDOM,
     SMALL,
+    SMALL_CLUSTERS,
     TILED,
     WIDTHS,
     compile_all,
@@ -29,7 +31,6 @@ from mega_ranks import MegaRanks, Ring, bits, inputs_with_counts, make_inputs, o
 from moe_ranks import canonical
 
 from megamoe.formats import QuantizedTokens, quantize_tokens
-from megamoe.kernels.tuning.mega import TILES
 from megamoe.reference.fold_tokens import fold_tokens as fold_twin
 from megamoe.reference.grouped_gemm_swiglu import grouped_gemm_swiglu as swiglu_twin
 from megamoe.testing.compare import error_report, relative_error
@@ -81,10 +82,10 @@ def test_two_ranks(compiled, tokens):
     ranks_of(PAIR, SMALL).run(inputs_of(PAIR, tokens))
 
 
-@pytest.mark.parametrize("num_blocks", (1, 2, 7))
-def test_few_blocks(compiled, num_blocks):
+@pytest.mark.parametrize("candidate, num_blocks", ((SMALL, 1), (SMALL, 2), (SMALL, 7), (SMALL_CLUSTERS, 2), (SMALL_CLUSTERS, 6)), ids=str)
+def test_few_blocks(compiled, candidate, num_blocks):
     """No block may wait for one that is not there."""
-    ranks = MegaRanks(EDGE, config_for(EDGE, SMALL), num_blocks=num_blocks)
+    ranks = MegaRanks(EDGE, config_for(EDGE, candidate), num_blocks=num_blocks)
     ranks.run(inputs_of(EDGE, (70, 33, 5)), num_blocks)
     ranks.ring = Ring(1, 1, 0)
     ranks.run(inputs_of(EDGE, (70, 33, 5), 1), (num_blocks, ranks.ring))
@@ -101,28 +102,31 @@ def counts_for(tiles: tuple[int, ...]) -> list[int]:
     return [*(size - delta for size in tiles for delta in (0, 3)), tiles[-1] + 1, 2 * tiles[-1], 3 * tiles[-1] - 5, 0, 1]
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_every_token_tile_size(compiled, tiles):
-    counts = counts_for(tiles[1])
-    assert {tile_of(tiles[1], count) for count in counts if count} == set(tiles[1]), "every size"
-    ranks = MegaRanks(TILED, config_for(TILED, tiles))
+@pytest.mark.parametrize("candidate", CANDIDATES.values(), ids=str)
+def test_every_token_tile_size(compiled, candidate):
+    tiles = candidate.token_tiles
+    counts = counts_for(tiles)
+    assert {tile_of(tiles, count) for count in counts if count} == set(tiles), "every size"
+    ranks = MegaRanks(TILED, config_for(TILED, candidate))
     for seed in range(2):
         shuffled = counts + [0] * (TILED.dims.num_experts - len(counts))
         random.Random(seed).shuffle(shuffled)
-        ranks.run(inputs_with_counts(TILED, shuffled, seed), (tiles, shuffled))
+        ranks.run(inputs_with_counts(TILED, shuffled, seed), (candidate, shuffled))
 
 
+@pytest.mark.parametrize("candidate", (SMALL, SMALL_CLUSTERS), ids=str)
 @pytest.mark.parametrize("model", POOLS, ids=lambda model: f"{model.dims.pool_rows} rows")
-def test_a_small_pool_is_used_many_times(compiled, model):
+def test_a_small_pool_is_used_many_times(compiled, model, candidate):
     """With the ring that the host chooses for it: 2, 4 and 8 slots for about 40 tiles, and for hundreds of rows of one expert."""
-    ranks = MegaRanks(model, config_for(model, SMALL))
+    ranks = MegaRanks(model, config_for(model, candidate))
     assert ranks.ring.num_slots == model.dims.pool_rows // 32
     for seed, experts in enumerate((None, (0,), (1, 4), (5, -1))):
         ranks.run(inputs_of(model, (128, 100), seed, experts), (ranks.ring, experts))
 
 
-def test_the_order_of_the_work_does_not_change_a_bit(compiled):
-    ranks = ranks_of(EDGE, SMALL)
+@pytest.mark.parametrize("candidate", (SMALL, SMALL_CLUSTERS), ids=str)
+def test_the_order_of_the_work_does_not_change_a_bit(compiled, candidate):
+    ranks = ranks_of(EDGE, candidate)
     inputs = inputs_of(EDGE, (70, 33, 70))
     expected = ranks.run(inputs)
     chosen = ranks.ring
@@ -141,14 +145,23 @@ def test_the_order_of_the_work_does_not_change_a_bit(compiled):
 
 @pytest.mark.parametrize("experts", (None, (7,), (-1,), (0, 1, 2, 3), (0, 5, 11), (8, -1, 9)), ids=str)
 @pytest.mark.parametrize("tokens", ((0, 0, 0), (70, 0, 0), (0, 0, 1), (1, 1, 1), (70, 70, 70), (13, 70, 5)), ids=str)
-def test_edges(compiled, tokens, experts):
-    ranks_of(EDGE, SMALL).run(inputs_of(EDGE, tokens, 1, experts))
+@pytest.mark.parametrize("candidate", (SMALL, SMALL_CLUSTERS), ids=str)
+def test_edges(compiled, candidate, tokens, experts):
+    ranks_of(EDGE, candidate).run(inputs_of(EDGE, tokens, 1, experts))
+
+
+def test_clusters_change_no_bit(compiled):
+    """They share copies, not sums."""
+    inputs = inputs_of(EDGE, (70, 33, 70))
+    alone = MegaRanks(EDGE, config_for(EDGE, SMALL_CLUSTERS._replace(cluster_blocks=1)))
+    for y, due in zip(ranks_of(EDGE, SMALL_CLUSTERS).run(inputs), alone.run(inputs)):
+        assert torch.equal(bits(y), bits(due))
 
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_model_widths(compiled, name):
-    model, tiles, tokens = WIDTHS[name]
-    ranks = MegaRanks(model, config_for(model, tiles))
+    model, candidate, tokens = WIDTHS[name]
+    ranks = MegaRanks(model, config_for(model, candidate))
     ranks.run(inputs_of(model, tokens), name)
     ranks.run(inputs_of(model, tokens[::-1], 1, (0, 2)), name)
 
@@ -174,10 +187,10 @@ def test_indices_out_of_range_are_skipped_and_told(compiled):
     assert ranks.arenas.calls[1].routing_error() is None
 
 
-@pytest.mark.parametrize("model, tiles", RANDOM)
-def test_random_calls(compiled, model, tiles):
+@pytest.mark.parametrize("model, candidate", RANDOM)
+def test_random_calls(compiled, model, candidate):
     """Tokens, routing and ring change with every call: 210 in all."""
-    ranks, rng = MegaRanks(model, config_for(model, tiles)), random.Random(model.dims.hidden)
+    ranks, rng = MegaRanks(model, config_for(model, candidate)), random.Random(model.dims.hidden)
     for trial in range(30):
         most = rng.choice((1, 4, 40, model.dims.max_tokens))
         tokens = tuple(rng.choice((0, 1, rng.randint(0, most), most)) for _ in range(model.dims.num_ranks))

@@ -11,10 +11,25 @@ struct Stage {
   uint32 rows[kSlotRows][kHidden > kIntermediate ? kHidden : kIntermediate];
 };
 
+constexpr uint32 kMostClusterBlocks = 2;
+class Block;
+
+// Blocks that take a task together, a row tile each.
+struct Cluster {
+  uint32 num_blocks;
+  Block* blocks[kMostClusterBlocks]{};
+  Handoff<uint32, 1> tickets;  // from the first to the others
+
+  explicit Cluster(uint32 num_blocks) : num_blocks(num_blocks), tickets(num_blocks - 1) {}
+};
+
 class Block {
  public:
-  Block(Call& call, const TileFlow& flow, const CallEnd& end, uint32 idx)
-      : call_(call), world_(call.world), memory_(call.memory), flow_(flow), end_(end), idx_(idx) {}
+  Block(Call& call, const TileFlow& flow, const CallEnd& end, Cluster& cluster, uint32 idx)
+      : call_(call), world_(call.world), memory_(call.memory), flow_(flow), end_(end), cluster_(cluster), idx_(idx),
+        rank_(idx % cluster.num_blocks) {
+    cluster.blocks[rank_] = this;
+  }
 
   std::vector<std::thread> start() {
     std::vector<std::thread> threads;
@@ -44,10 +59,18 @@ class Block {
     for (uint32 n = 0; is_valid; ++n) {
       delays.pause();
       Tile task;
-      is_valid = stream.find(end_.claim(), task);
+      is_valid = stream.find(claim(n), task);
       if (!is_valid) task.num_tokens = 0;
+      task.row_tile = task.row_tile * cluster_.num_blocks + rank_;
       tasks_.put(n, task);
     }
+  }
+
+  uint32 claim(uint32 n) {
+    if (rank_ > 0) return cluster_.tickets.take(n);
+    const uint32 ticket = end_.claim();
+    if (cluster_.num_blocks > 1) cluster_.tickets.put(n, ticket);
+    return ticket;
   }
 
   void load_tokens(Delays delays) {
@@ -59,17 +82,20 @@ class Block {
       else
         flow_.wait_folded(task.number, w);
       delays.pause();
-      Stage stage{};
-      for (uint32 i = 0; i < task.num_tokens; ++i) {
+      Stage part{};
+      for (uint32 i = first_token(rank_, task); i < first_token(rank_ + 1, task); ++i) {
         const PoolRow& row = memory_.pool[task.first_row + i];
         if (task.linear == 0)
-          std::memcpy(stage.rows[i], row.x, sizeof(row.x));
+          std::memcpy(part.rows[i], row.x, sizeof(row.x));
         else
-          std::memcpy(stage.rows[i], row.a, sizeof(row.a));
+          std::memcpy(part.rows[i], row.a, sizeof(row.a));
       }
-      stages_.put(n, stage);
+      for (uint32 b = 0; b < cluster_.num_blocks; ++b) cluster_.blocks[b]->parts_[rank_].put(n, part);
     }
   }
+
+  // Of those that block `rank` of the cluster brings to all of them.
+  uint32 first_token(uint32 rank, const Tile& task) const { return task.num_tokens * rank / cluster_.num_blocks; }
 
   // A row between its source rank and the pool.
   struct RowInFlight {
@@ -123,7 +149,8 @@ class Block {
     const Tile& task = tasks_.look_at(n);
     is_published_ = task.num_tokens == 0;
     if (is_published_ || num_done_[n % kTaskSlots].load(std::memory_order_acquire) < (n / kTaskSlots + 1) * kWarpgroups) return;
-    const uint32 num_row_blocks = std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups);
+    const uint32 first = task.row_tile * kWarpgroups, end = kRowBlocks[task.linear];
+    const uint32 num_row_blocks = first < end ? std::min(kWarpgroups, end - first) : 0;
     if (task.linear == 0)
       flow_.publish_activated(task.number, num_row_blocks);
     else if (flow_.is_slot_used_again(task.number, call_.rows.table.num_tiles))
@@ -176,7 +203,12 @@ class Block {
   bool compute(uint32 warpgroup, Delays delays) {
     uint32 n = 0;
     for (Tile task = tasks_.take(0); task.num_tokens > 0; task = tasks_.take(++n)) {
-      const Stage stage = stages_.take(n);
+      Stage stage{};
+      for (uint32 r = 0; r < cluster_.num_blocks; ++r) {
+        const Stage part = parts_[r].take(n);
+        for (uint32 i = first_token(r, task); i < first_token(r + 1, task); ++i)
+          std::memcpy(stage.rows[i], part.rows[i], sizeof(part.rows[i]));
+      }
       delays.pause();
       const uint32 row_block = task.row_tile * kWarpgroups + warpgroup;
       if (row_block < kRowBlocks[task.linear])
@@ -222,12 +254,13 @@ class Block {
   RankMemory& memory_;
   const TileFlow& flow_;
   const CallEnd& end_;
-  uint32 idx_;
+  Cluster& cluster_;
+  uint32 idx_, rank_;  // of the block in its rank, and in its cluster
   Handoff<Tile, kTaskSlots> tasks_{2 + kWarpgroups};  // load tokens, publish, math
   std::atomic<uint32> num_done_[kTaskSlots]{};        // warpgroups, over all tasks of the slot
   uint32 num_published_ = 0;                          // tasks; the fold thread's
   bool is_published_ = false;
-  Handoff<Stage, 2> stages_{kWarpgroups};
+  Handoff<Stage, 2> parts_[kMostClusterBlocks]{Handoff<Stage, 2>(kWarpgroups), Handoff<Stage, 2>(kWarpgroups)};  // of each stage
 };
 
 // mega_moe of one rank: all its blocks at once.
@@ -235,12 +268,15 @@ inline void run_experts(Call& call) {
   LocalWords& words = call.memory.words;
   const TileFlow flow{words.counters, call.rows.shape.ring, {kRowBlocks[0], kRowBlocks[1]}};
   const CallEnd end{&words.num_tickets, &words.num_finished, call.world.num_blocks};
+  std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::thread> threads;
   for (uint32 b = 0; b < call.world.num_blocks; ++b) {
-    blocks.push_back(std::make_unique<Block>(call, flow, end, b));
-    for (std::thread& thread : blocks.back()->start()) threads.push_back(std::move(thread));
+    if (b % call.world.cluster_blocks == 0) clusters.push_back(std::make_unique<Cluster>(call.world.cluster_blocks));
+    blocks.push_back(std::make_unique<Block>(call, flow, end, *clusters.back(), b));
   }
+  for (const auto& block : blocks)
+    for (std::thread& thread : block->start()) threads.push_back(std::move(thread));
   for (std::thread& thread : threads) thread.join();
 }
 

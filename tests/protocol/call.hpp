@@ -99,7 +99,8 @@ struct Call {
 // Any legal shape for a call of `rank`: rings at the bound or a little above.
 inline MoeStreamShape draw_shape(const World& world, uint32 rank, int64 epoch) {
   const uint32 draw = mix(world.seed, epoch, rank, 8), band = 1 + draw % 3, lag = draw / 3 % 4, extra = draw / 12 % 3;
-  return {{ceil_div(kRowBlocks[0], kWarpgroups), ceil_div(kRowBlocks[1], kWarpgroups)}, {1, 1}, band, lag,
+  const uint32 of_task = world.cluster_blocks * kWarpgroups;
+  return {{ceil_div(kRowBlocks[0], of_task), ceil_div(kRowBlocks[1], of_task)}, {1, 1}, band, lag,
           {lag + 2 * band - 1 + extra, kSlotRows}};
 }
 

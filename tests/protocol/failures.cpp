@@ -1,6 +1,7 @@
 // A call that fails: every thread of every rank comes back, y is marked, reports name the rank at fault, and the arena works again after a
 // reset (after a refusal at once).
-// Arguments: scenario, seed, blocks, hasty_ms (deadline of the waits that must end), patience_ms (of all others), limit_s (of the run).
+// Arguments: scenario, seed, blocks, cluster (blocks of one), hasty_ms (deadline of the waits that must end), patience_ms (of all others),
+// limit_s (of the run).
 #include <algorithm>
 #include <set>
 
@@ -180,8 +181,8 @@ int main(int argc, char** argv) {
   using namespace protocol;
   const Arguments arguments(argc, argv);
   end_after(static_cast<uint32>(arguments.number("limit_s")));
-  World world(kRanks, static_cast<uint32>(arguments.number("blocks")), arguments.number("seed"),
-              arguments.number("patience_ms") * 1000000);
+  World world(kRanks, static_cast<uint32>(arguments.number("blocks")), static_cast<uint32>(arguments.number("cluster")),
+              arguments.number("seed"), arguments.number("patience_ms") * 1000000);
   world_under_test = &world;
   run(world, kScenarios.at(arguments.text("scenario")), arguments.number("hasty_ms") * 1000000);
   std::printf("ok\n");

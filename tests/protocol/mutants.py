@@ -12,7 +12,8 @@ ROLES = "block.hpp"  # what roles do with those headers, as the programs repeat 
 class Mutant:
     """`old` occurs once in `file`; with `new` in its place `check` must end with one of `codes`.
 
-    `check` is "calls" (y), "races" (the same under ThreadSanitizer), "order", "explore", or a scenario of failures.cpp.
+    `check` is "calls" (y), "clusters" (the same with blocks in pairs), "races" ("calls" under ThreadSanitizer), "order", "explore", or a
+    scenario of failures.cpp.
     """
 
     name: str
@@ -111,10 +112,13 @@ MUTANTS = (
     Mutant("rows_kept_back", ROLES, "flow_.is_free(place.tile) ? kPullBuffers - 1 : 0", "kPullBuffers - 1", "calls"),
     Mutant("published_before_all_warpgroups_are_done", ROLES, "(n / kTaskSlots + 1) * kWarpgroups",
            "(n / kTaskSlots + 1) * kWarpgroups - 1", "races", (RACE, WRONG)),
-    Mutant("published_for_one_warpgroup", ROLES, "std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups)", "1u",
-           "calls", (WRONG, HANG)),
-    Mutant("published_for_rows_that_are_not_there", ROLES,
-           "std::min(kWarpgroups, kRowBlocks[task.linear] - task.row_tile * kWarpgroups)", "kWarpgroups", "races", (RACE, WRONG)),
+    Mutant("published_for_one_warpgroup", ROLES, "std::min(kWarpgroups, end - first)", "1u", "calls", (WRONG, HANG)),
+    Mutant("published_for_rows_that_are_not_there", ROLES, "std::min(kWarpgroups, end - first)", "kWarpgroups", "races", (RACE, WRONG)),
+    Mutant("every_block_of_a_cluster_claims", ROLES, "if (rank_ > 0) return cluster_.tickets.take(n);", "", "clusters", (WRONG, HANG)),
+    Mutant("one_row_tile_for_a_cluster", ROLES, "task.row_tile * cluster_.num_blocks + rank_", "task.row_tile * cluster_.num_blocks",
+           "clusters", (WRONG, HANG)),
+    Mutant("tokens_of_a_cluster_kept", ROLES, "cluster_.blocks[b]->parts_[rank_].put(n, part);",
+           "if (b == rank_) parts_[rank_].put(n, part);", "clusters", (HANG,)),
     Mutant("call_ended_before_all_is_published", ROLES, "while (!is_published_) {", "while (false) {", "calls", (WRONG, HANG)),
     Mutant("nothing_published_while_waiting", ROLES, "block.poll_publisher();", "", "calls", (WRONG, HANG)),
     Mutant("combine_without_abort_words", ROLES, "&& !w.has_aborted(r);", ";", "loses_row_combine_late"),

@@ -14,23 +14,23 @@ FAILURE = {"hasty_ms": 1000, "patience_ms": 20_000, "limit_s": 60}
 SCENARIOS = ("never_stages", "aborts", "refuses", "silent_before_combine", "loses_row", "loses_row_combine_late", "loses_row_aborts_slow")
 
 
-@pytest.mark.parametrize("ranks, blocks", [(1, 4), (2, 3), (3, 2)])
+@pytest.mark.parametrize("ranks, blocks, cluster", [(1, 4, 1), (1, 4, 2), (2, 3, 1), (2, 2, 2), (3, 2, 1), (3, 2, 2)])
 @pytest.mark.parametrize("seed", range(3))
-def test_calls_have_no_race(program, seed, ranks, blocks):
-    done = programs.run(program("calls", sanitized=True), seed=seed, calls=40, ranks=ranks, blocks=blocks, **PATIENT)
+def test_calls_have_no_race(program, seed, ranks, blocks, cluster):
+    done = programs.run(program("calls", sanitized=True), seed=seed, calls=40, ranks=ranks, blocks=blocks, cluster=cluster, **PATIENT)
     assert done == Run(0, "ok\n")
 
 
-@pytest.mark.parametrize("ranks, blocks", [(1, 6), (2, 1), (2, 4), (3, 3)])
-def test_many_calls_are_right(program, ranks, blocks):
-    done = programs.run(program("calls"), seed=1000, calls=600, ranks=ranks, blocks=blocks, **PATIENT)
+@pytest.mark.parametrize("ranks, blocks, cluster", [(1, 6, 1), (1, 6, 2), (2, 1, 1), (2, 4, 1), (2, 4, 2), (3, 3, 1)])
+def test_many_calls_are_right(program, ranks, blocks, cluster):
+    done = programs.run(program("calls"), seed=1000, calls=600, ranks=ranks, blocks=blocks, cluster=cluster, **PATIENT)
     assert done == Run(0, "ok\n")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed, cluster", [(0, 1), (1, 2)])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_failures_end_every_wait_and_name_the_rank_at_fault(program, scenario, seed):
-    done = programs.run(program("failures"), scenario=scenario, seed=seed, blocks=4, **FAILURE)
+def test_failures_end_every_wait_and_name_the_rank_at_fault(program, scenario, seed, cluster):
+    done = programs.run(program("failures"), scenario=scenario, seed=seed, blocks=4, cluster=cluster, **FAILURE)
     assert done == Run(0, "ok\n")
 
 
@@ -38,7 +38,7 @@ def test_failures_end_every_wait_and_name_the_rank_at_fault(program, scenario, s
 def test_failures_before_any_garbage_have_no_race(program, scenario):
     """Roles that run to the end over rows that never came do race, and so does a refused call with the next one: nobody uses what they
     read."""
-    done = programs.run(program("failures", sanitized=True), scenario=scenario, seed=5, blocks=2, **FAILURE)
+    done = programs.run(program("failures", sanitized=True), scenario=scenario, seed=5, blocks=2, cluster=1, **FAILURE)
     assert done == Run(0, "ok\n")
 
 

@@ -11,12 +11,13 @@ from megamoe.kernels.compiler import include_dir
 from mutants import MUTANTS, ROLES, Mutant
 
 TRIES = 12  # seeds that a mutant may survive
-PROGRAMS = {"calls": "calls", "races": "calls", "order": "order", "explore": "explore"}
+PROGRAMS = {"calls": "calls", "clusters": "calls", "races": "calls", "order": "order", "explore": "explore"}
 IMPATIENT = {"patience_ms": 1000, "limit_s": 8}
-ARGUMENTS = {"calls": {"calls": 40, "ranks": 2, "blocks": 3} | IMPATIENT,
-             "races": {"calls": 25, "ranks": 2, "blocks": 3, "patience_ms": 3000, "limit_s": 20},
+ARGUMENTS = {"calls": {"calls": 40, "ranks": 2, "blocks": 3, "cluster": 1} | IMPATIENT,
+             "clusters": {"calls": 40, "ranks": 2, "blocks": 4, "cluster": 2} | IMPATIENT,
+             "races": {"calls": 25, "ranks": 2, "blocks": 3, "cluster": 1, "patience_ms": 3000, "limit_s": 20},
              "order": {}, "explore": {"missing_slots": 0, "holds_rows": 0}}
-FAILURE = {"blocks": 4, "hasty_ms": 200, "patience_ms": 2000, "limit_s": 6}
+FAILURE = {"blocks": 4, "cluster": 1, "hasty_ms": 200, "patience_ms": 2000, "limit_s": 6}
 
 
 def mutate(mutant: Mutant, folder) -> dict[str, Path]:

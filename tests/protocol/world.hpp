@@ -80,14 +80,14 @@ struct Fault {
 };
 
 struct World {
-  uint32 num_ranks, num_blocks;
+  uint32 num_ranks, num_blocks, cluster_blocks;
   uint64 seed;
   uint64 timeout_ns;
   Fault fault;
   std::vector<std::unique_ptr<RankMemory>> ranks;
 
-  World(uint32 num_ranks, uint32 num_blocks, uint64 seed, uint64 timeout_ns)
-      : num_ranks(num_ranks), num_blocks(num_blocks), seed(seed), timeout_ns(timeout_ns) {
+  World(uint32 num_ranks, uint32 num_blocks, uint32 cluster_blocks, uint64 seed, uint64 timeout_ns)
+      : num_ranks(num_ranks), num_blocks(num_blocks), cluster_blocks(cluster_blocks), seed(seed), timeout_ns(timeout_ns) {
     for (uint32 r = 0; r < num_ranks; ++r) ranks.push_back(std::make_unique<RankMemory>());
   }
 

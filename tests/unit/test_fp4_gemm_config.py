@@ -79,12 +79,12 @@ def test_one_stage_too_many():
 
 @pytest.mark.parametrize("wrong, message", [
     ({"num_math_warpgroups": 1}, "fp4_gemm: num_math_warpgroups must be one of (2, 3, 4), got 1; see REGISTERS"),
-    ({"token_tiles": ()}, "ascending multiples of 8 up to {2}, got ()"),
-    ({"token_tiles": (12,)}, "ascending multiples of 8 up to {2}, got (12,)"),
-    ({"token_tiles": (64, 32)}, "ascending multiples of 8 up to {2}, got (64, 32)"),
-    ({"token_tiles": (64, 64)}, "ascending multiples of 8 up to {2}, got (64, 64)"),
-    ({"token_tiles": (256,)}, "ascending multiples of 8 up to {2}, got (256,)"),
-    ({"num_math_warpgroups": 4, "token_tiles": (56,)}, "ascending multiples of 8 up to {4}, got (56,)"),
+    ({"token_tiles": ()}, "ascending multiples of 8 from 8 to {2}, got ()"),
+    ({"token_tiles": (12,)}, "ascending multiples of 8 from 8 to {2}, got (12,)"),
+    ({"token_tiles": (64, 32)}, "ascending multiples of 8 from 8 to {2}, got (64, 32)"),
+    ({"token_tiles": (64, 64)}, "ascending multiples of 8 from 8 to {2}, got (64, 64)"),
+    ({"token_tiles": (256,)}, "ascending multiples of 8 from 8 to {2}, got (256,)"),
+    ({"num_math_warpgroups": 4, "token_tiles": (56,)}, "ascending multiples of 8 from 8 to {4}, got (56,)"),
     ({"epilogue": "relu"}, "fp4_gemm: epilogue must be one of ('store', 'accumulate', 'swiglu'), got relu; pick one of them"),
     ({"max_groups": 48}, "fp4_gemm: max_groups must be a power of two, got 48; round it up"),
     ({"max_groups": 0}, "fp4_gemm: max_groups must be a power of two, got 0; round it up"),

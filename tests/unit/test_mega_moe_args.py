@@ -5,6 +5,7 @@ import gc
 import math
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_stream_of_v4_pro():
     assert (shape.ring.num_slots, shape.ring.slot_rows) == (1024, 32)
     shape = shape_of(V4_PRO, config_for(V4_PRO, 2, 128, 160, 176), 33)
     assert (list(shape.row_tiles), shape.lag_tiles, shape.ring.num_slots, shape.ring.slot_rows) == ([48, 56], 2, 288, 176)
+
+
+def test_stream_of_clusters():
+    config = replace(config_for(V4_PRO, 2, 128, 160, 176), cluster_blocks=2, num_stages=3)
+    shape = shape_of(V4_PRO, config, 132)
+    assert (list(shape.row_tiles), shape.lag_tiles) == ([24, 28], 8), "six rounds of 66 clusters are 396 of 52 tasks per tile"
+    message = "mega_moe: num_blocks must be a multiple of 2, got 33; take a config without clusters"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        shape_of(V4_PRO, config, 33)
 
 
 def test_sizes_that_are_no_multiple_of_a_tile():

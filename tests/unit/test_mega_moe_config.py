@@ -11,7 +11,7 @@ from megamoe.kernels import shipped
 from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES
 from megamoe.kernels.mega_moe_config import MAX_TOKEN_TILE, REGISTERS, MegaMoeConfig, table_capacity, with_most_stages
 from megamoe.kernels.tuning.moe_shape import MoEShape
-from megamoe.kernels.tuning.mega import TILES, all_mega, choose_mega, predict_us
+from megamoe.kernels.tuning.mega import CANDIDATES, all_mega, choose_mega, predict_us
 
 V4_PRO = MoEShape(hidden=7168, intermediate=3072, num_experts=384, num_topk=6, num_ranks=4, has_down_bias=False, scatter=True, num_sms=132)
 SHAPE = {"num_math_warpgroups": 3, "token_tiles": (32, 64), "num_stages": 4, "max_groups": 128, "has_down_bias": False, "hidden": 7168,
@@ -20,12 +20,15 @@ SHAPE = {"num_math_warpgroups": 3, "token_tiles": (32, 64), "num_stages": 4, "ma
 
 @pytest.mark.parametrize("change, message", [
     ({"num_math_warpgroups": 1}, "num_math_warpgroups must be one of (2, 3, 4), got 1; see REGISTERS"),
-    ({"token_tiles": (32, 112)}, "token_tiles must be at most 16 ascending multiples of 8 up to 104, got (32, 112); use fewer sizes or "
+    ({"token_tiles": (32, 112)}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 104, got (32, 112); use fewer sizes or "
                                  "fewer warpgroups"),
-    ({"token_tiles": (64, 32)}, "token_tiles must be at most 16 ascending multiples of 8 up to 104, got (64, 32); use fewer sizes or fewer "
+    ({"cluster_blocks": 3}, "cluster_blocks must be 1 or 2, got 3; larger clusters have not been measured"),
+    ({"cluster_blocks": 2, "token_tiles": (8, 32)}, "token_tiles must be at most 8 ascending multiples of 8 from 16 to 104, got (8, 32); use "
+     "fewer sizes or fewer warpgroups"),
+    ({"token_tiles": (64, 32)}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 104, got (64, 32); use fewer sizes or fewer "
                                 "warpgroups"),
-    ({"token_tiles": ()}, "token_tiles must be at most 16 ascending multiples of 8 up to 104, got (); use fewer sizes or fewer warpgroups"),
-    ({"num_math_warpgroups": 4, "token_tiles": (40,)}, "token_tiles must be at most 16 ascending multiples of 8 up to 32, got (40,); use "
+    ({"token_tiles": ()}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 104, got (); use fewer sizes or fewer warpgroups"),
+    ({"num_math_warpgroups": 4, "token_tiles": (40,)}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 32, got (40,); use "
                                                        "fewer sizes or fewer warpgroups"),
     ({"max_groups": 96}, "max_groups must be a power of two, got 96; round it up"),
     ({"num_stages": 1}, "num_stages must be at least 2, got 1; a ring needs two"),
@@ -47,13 +50,13 @@ def test_shared_memory_of_one_config():
     assert config.smem_bytes == -(-gemm // 128) * 128 + 2 * (7168 + 16) + 4 * 8
     assert replace(config, has_down_bias=True).gemm_bytes == gemm + 4 * 192
     assert replace(config, pull_buffers=3).smem_bytes == config.smem_bytes + 7168 + 16
+    assert replace(config, cluster_blocks=2).smem_bytes == config.smem_bytes + 24
 
 
 @pytest.mark.parametrize("hidden", (32, 96, 2880, 7168, 16384))
-@pytest.mark.parametrize("warpgroups, tiles", TILES)
-def test_most_stages(hidden, warpgroups, tiles):
-    shape = {"num_math_warpgroups": warpgroups, "token_tiles": tiles, "max_groups": 64, "has_down_bias": True, "hidden": hidden,
-             "intermediate": 64}
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=str)
+def test_most_stages(hidden, candidate):
+    shape = {**candidate._asdict(), "max_groups": 64, "has_down_bias": True, "hidden": hidden, "intermediate": 64}
     config = with_most_stages(**shape)
     assert config.smem_bytes <= MAX_SMEM_BYTES
     assert config.num_stages == 16 or config.smem_bytes + config.stage_bytes + 16 + 128 > MAX_SMEM_BYTES
@@ -80,6 +83,12 @@ def test_loads_ahead_while_registers_last():
     assert [config(w, 8).max_double_buffered for w in (2, 3, 4)] == [176, 96, 48]
 
 
+def test_parts_of_a_tile():
+    parts = MegaMoeConfig(**SHAPE | {"token_tiles": (16, 64, 72), "cluster_blocks": 2}).token_parts
+    assert [parts(tokens) for tokens in (16, 64, 72)] == [[8, 8], [32, 32], [40, 32]]
+    assert MegaMoeConfig(**SHAPE).token_parts(72) == [72]
+
+
 def test_table_capacity():
     assert [table_capacity(n) for n in (1, 2, 3, 96, 128, 129)] == [1, 2, 4, 128, 128, 256]
 
@@ -89,18 +98,23 @@ def test_few_tokens_take_small_tiles_and_many_large_ones():
     assert list(chosen) == [1 << i for i in range(14)]
     assert [chosen[tokens].max_token_tile for tokens in (1, 64, 512, 1024, 2048, 8192)] == [32, 32, 64, 88, 160, 176]
     assert [chosen[tokens].num_math_warpgroups for tokens in (1, 64)] == [3, 4], "two rounds of shorter tasks, where there are two"
+    assert [chosen[tokens].cluster_blocks for tokens in (1, 64, 1024, 8192)] == [1, 1, 1, 2]
     for config in chosen.values():
         assert (config.max_groups, config.hidden, config.intermediate, config.has_down_bias) == (128, 7168, 3072, False)
     assert choose_mega(V4_PRO, 1000) == chosen[1024]
     assert all(config.has_down_bias for config in all_mega(replace(V4_PRO, has_down_bias=True), 64).values())
 
 
+def test_an_odd_number_of_sms_makes_no_clusters():
+    odd = replace(V4_PRO, num_sms=131)
+    assert choose_mega(odd, 8192) == replace(choose_mega(V4_PRO, 8192), cluster_blocks=1)
+
+
 @pytest.mark.parametrize("tokens", (1, 64, 1024, 8192))
 def test_no_candidate_is_predicted_to_be_faster(tokens):
     best = predict_us(choose_mega(V4_PRO, tokens), V4_PRO, tokens)
-    for warpgroups, tiles in TILES:
-        other = with_most_stages(num_math_warpgroups=warpgroups, token_tiles=tiles, max_groups=128, has_down_bias=False, hidden=7168,
-                                 intermediate=3072)
+    for candidate in CANDIDATES:
+        other = with_most_stages(**candidate._asdict(), max_groups=128, has_down_bias=False, hidden=7168, intermediate=3072)
         assert predict_us(other, V4_PRO, tokens) >= best
 
 

@@ -5,6 +5,7 @@ Legend: n weight rows, k input channels of a linear; rows: tokens of one expert.
 
 import functools
 import math
+from typing import NamedTuple
 
 from megamoe.errors import check
 from megamoe.kernels.fp4_gemm_config import BLOCK_K, UNIT_BYTES
@@ -12,18 +13,26 @@ from megamoe.kernels.mega_moe_config import OP, MegaMoeConfig, table_capacity, w
 from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
 from megamoe.kernels.tuning.sm90 import DEVIATIONS, HBM_BYTES_PER_US, OVERLAP_POWER, TILE_US, stage_us, token_tiles
 
-# (math warpgroups, token tiles): of equal predictions the first is taken, since fewer warpgroups cut the work finer. A list serves any
-# count up to its last entry with one tile.
-TILES: tuple[tuple[int, tuple[int, ...]], ...] = (
-    (2, (8, 16, 24, 32)),
-    (2, (80, 96, 112, 128)),
-    (2, (112, 128, 144, 160)),
-    (2, (128, 160, 176)),
-    (3, (8, 16, 24, 32)),
-    (3, (32, 40, 48, 56, 64)),
-    (3, (56, 64, 72, 80, 88)),
-    (3, (88, 96, 104)),
-    (4, (8, 16, 24, 32)),
+
+class Candidate(NamedTuple):
+    """What a config is made of beside the layer's sizes. A list of token tiles serves any count up to its last entry with one tile."""
+
+    num_math_warpgroups: int
+    token_tiles: tuple[int, ...]
+    cluster_blocks: int = 1  # where the card's blocks can be grouped so
+
+
+# Of equal predictions the first is taken, since fewer warpgroups cut the work finer.
+CANDIDATES = (
+    Candidate(2, (8, 16, 24, 32)),
+    Candidate(2, (80, 96, 112, 128)),
+    Candidate(2, (112, 128, 144, 160)),
+    Candidate(2, (128, 144, 160, 176), cluster_blocks=2),
+    Candidate(3, (8, 16, 24, 32)),
+    Candidate(3, (32, 40, 48, 56, 64)),
+    Candidate(3, (56, 64, 72, 80, 88)),
+    Candidate(3, (88, 96, 104)),
+    Candidate(4, (8, 16, 24, 32)),
 )
 
 LONG_RING = 8  # stages; more hide nothing more
@@ -42,10 +51,10 @@ def choose_mega(shape: MoEShape, num_tokens: int, pool_rows: int | None = None) 
     Raises:
         ValueError: the pool does not hold the largest token tile of any candidate, or shared memory does not hold a token.
     """
-    fitting = [(warpgroups, tiles) for warpgroups, tiles in TILES if pool_rows is None or tiles[-1] <= pool_rows]
-    smallest = min(tiles[-1] for _, tiles in TILES)
+    fitting = [candidate for candidate in CANDIDATES if pool_rows is None or candidate.token_tiles[-1] <= pool_rows]
+    smallest = min(candidate.token_tiles[-1] for candidate in CANDIDATES)
     check(bool(fitting), OP, "pool_rows", f"at least {smallest}, one token tile", pool_rows, "raise arena_bytes")
-    configs = [_config(shape, warpgroups, tiles) for warpgroups, tiles in fitting]
+    configs = [_config(shape, candidate) for candidate in fitting]
     num_tokens = token_bucket(num_tokens)
     return min(configs, key=lambda config: predict_us(config, shape, num_tokens))
 
@@ -56,10 +65,12 @@ def all_mega(shape: MoEShape, max_tokens: int, pool_rows: int | None = None) -> 
     return {bucket: choose_mega(shape, bucket, pool_rows) for bucket in buckets}
 
 
-def _config(shape: MoEShape, num_math_warpgroups: int, tiles: tuple[int, ...]) -> MegaMoeConfig:
+def _config(shape: MoEShape, candidate: Candidate) -> MegaMoeConfig:
     """With one row in flight per block instead of two where that gives a short ring another stage: even at 2.7 us per row the blocks fetch
     350 GB/s together, more than NVLink gives them."""
-    shapes = (with_most_stages(num_math_warpgroups=num_math_warpgroups, token_tiles=tiles, pull_buffers=pull_buffers,
+    if shape.num_sms % candidate.cluster_blocks:
+        candidate = candidate._replace(cluster_blocks=1)
+    shapes = (with_most_stages(**candidate._asdict(), pull_buffers=pull_buffers,
                                max_groups=table_capacity(shape.num_experts // shape.num_ranks), has_down_bias=shape.has_down_bias,
                                hidden=shape.hidden, intermediate=shape.intermediate) for pull_buffers in (2, 1))
     return max(shapes, key=lambda config: min(config.num_stages, LONG_RING))

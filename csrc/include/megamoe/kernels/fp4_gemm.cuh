@@ -30,7 +30,7 @@ MEGAMOE_DEVICE void fp4_gemm(const Fp4GemmParams& p) {
   if (threadIdx.x == kMathWarps * 32) {
     ptx::prefetch_tensor_map(&p.w_map);
     for (uint32 i = 0; i < Config::TokenTiles::kCount; ++i) ptx::prefetch_tensor_map(&p.x_maps[i]);
-    Pipeline<Config::kStages>::init(base + Plan::kBarriers, kMathWarps);
+    StagePipeline<Config>::init(base + Plan::kBarriers, kMathWarps);
     TilePipeline::init(base + Plan::kTileBarriers, kMathWarps * 32 + 1);  // math, load
     ptx::fence_mbarrier_init();
   }

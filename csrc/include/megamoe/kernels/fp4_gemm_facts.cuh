@@ -2,6 +2,7 @@
 #pragma once
 
 #include <megamoe/arch/sm90_fp4.cuh>
+#include <megamoe/ptx/cluster.cuh>
 #include <megamoe/ptx/control.cuh>
 #include <megamoe/ptx/copy.cuh>
 #include <megamoe/ptx/memory.cuh>
@@ -14,7 +15,7 @@ namespace megamoe {
 constexpr uint32 kMaxTokenTileSizes = 16;
 
 struct Fp4GemmParams {
-  ptx::TensorMap x_maps[kMaxTokenTileSizes];  // codes of x [num_rows, K]; box [token tile, 128]
+  ptx::TensorMap x_maps[kMaxTokenTileSizes];  // codes of x [num_rows, K]; box [token tile, 128], or for each block of a cluster its part
   ptx::TensorMap w_map;                       // weight units [G, num_row_blocks, num_k_blocks]; box [1, math warpgroups, 1]
   const uint8* w_row_base;                    // [G, 64 * num_row_blocks]
   const uint8* x_sf;                          // [num_rows] UE8M0
@@ -34,6 +35,14 @@ struct Fp4GemmParams {
 
 constexpr uint32 kTileSlots = 4;
 using TilePipeline = Pipeline<kTileSlots>;
+
+// Blocks of a cluster work on neighbouring row tiles of one token tile at a time. Each brings a part of its tokens to all of them.
+template <class Config>
+using StagePipeline = Pipeline<Config::kStages, Config::kClusterBlocks>;
+
+// The first token of a tile that block `rank` of a cluster brings: parts are whole swizzle patterns of 8 tokens.
+template <class Config>
+MEGAMOE_DEVICE uint32 first_token_of(uint32 rank, uint32 num_tokens) { return round_up(num_tokens * rank / Config::kClusterBlocks, 8); }
 
 // Shared memory of a block. Stage s holds kTileRows / 64 weight units, then the tokens at a 1024-byte boundary, as the swizzle wants.
 template <class Config>
@@ -55,7 +64,7 @@ struct SmemPlan {
   static constexpr uint32 kTiles = round_up(kTable + sizeof(GroupTable<Config>), 16);
   static constexpr uint32 kTileBarriers = kTiles + kTileSlots * sizeof(Tile);
   static constexpr uint32 kBarriers = kTileBarriers + TilePipeline::kBarrierBytes;
-  static constexpr uint32 kBytes = kBarriers + Pipeline<Config::kStages>::kBarrierBytes;
+  static constexpr uint32 kBytes = kBarriers + StagePipeline<Config>::kBarrierBytes;
 };
 
 // Where a warpgroup keeps values of its tile's tokens for the epilogue: rows of shared memory with a place for every token.

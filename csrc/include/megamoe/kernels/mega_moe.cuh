@@ -65,10 +65,13 @@ template <class Config>
 struct MegaSmemPlan {
   using Gemm = SmemPlan<Config>;
   using PullPipeline = Pipeline<Config::kPullBuffers>;
+  using TicketPipeline = Pipeline<1>;
   static constexpr uint32 kPullBuffers = round_up(Gemm::kBytes, 128);
   static constexpr uint32 kPullBarriers = kPullBuffers + Config::kPullBuffers * Config::kHidden;
   static constexpr uint32 kDone = kPullBarriers + PullPipeline::kBarrierBytes;
-  static constexpr uint32 kBytes = kDone + DoneBarriers::kBytes;
+  static constexpr uint32 kTicketBarriers = kDone + DoneBarriers::kBytes;  // of a cluster
+  static constexpr uint32 kTicket = kTicketBarriers + TicketPipeline::kBarrierBytes;
+  static constexpr uint32 kBytes = Config::kClusterBlocks > 1 ? kTicket + 8 : kTicketBarriers;
 };
 
 // What the roles of a block share.
@@ -99,6 +102,14 @@ struct MegaBlock {
 
 namespace megamoe {
 
+template <class Config>
+MEGAMOE_DEVICE void meet_cluster() {
+  if constexpr (Config::kClusterBlocks > 1)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
+}
+
 // By block `idx` of the rank that `p` is for.
 template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
@@ -112,14 +123,15 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
   const uint32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
   if (threadIdx.x == kMathWarps * 32) {
-    Pipeline<Config::kStages>::init(base + Gemm::kBarriers, kMathWarps, 2);
+    StagePipeline<Config>::init(base + Gemm::kBarriers, kMathWarps, 2);
     TilePipeline::init(base + Gemm::kTileBarriers, kMathWarps * 32 + 2);  // math, load tokens, publish
     Plan::PullPipeline::init(base + Plan::kPullBarriers, 1);
     DoneBarriers::init(base + Plan::kDone, Config::kMathWarpgroups);
+    if constexpr (Config::kClusterBlocks > 1) Plan::TicketPipeline::init(base + Plan::kTicketBarriers, Config::kClusterBlocks - 1);
     ptx::fence_mbarrier_init();
   }
   table.build(p.linear[0].grouping, 1, threadIdx.x, Config::kThreads);
-  __syncthreads();
+  meet_cluster<Config>();
 
   const GroupEntry last = table.entries[table.num_groups - 1];
   const MegaBlock<Layout, Config> block{p, table, base, idx, last.begin + last.count};
@@ -136,6 +148,7 @@ MEGAMOE_DEVICE void mega_moe(const MegaMoeParams& p, uint32 idx) {
     mega_math(block, tiles, warp / 4, timeline);
     mega_combine(block, timeline);
   }
+  if constexpr (Config::kClusterBlocks > 1) ptx::cluster_sync();  // nobody copies to or arrives in a block that has gone
 }
 
 }  // namespace megamoe

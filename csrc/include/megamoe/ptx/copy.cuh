@@ -67,7 +67,18 @@ MEGAMOE_DEVICE void tensor_load_2d(uint32 destination, const TensorMap* map, int
                : "memory");
 }
 
-// The same of four dimensions, coordinates from the innermost on.
+// The same into every block of the cluster that `blocks` has a bit for: to the same place of each, the bytes counted by the same barrier of
+// each.
+MEGAMOE_DEVICE void tensor_load_2d_multicast(uint32 destination, const TensorMap* map, int32 column, int32 row, uint32 barrier,
+                                             uint16 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2,%3}], [%4], %5;" ::"r"(
+          destination),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// tensor_load_2d of four dimensions, coordinates from the innermost on.
 MEGAMOE_DEVICE void tensor_load_4d(uint32 destination, const TensorMap* map, int32 x, int32 y, int32 z, int32 w, uint32 barrier,
                                    uint64 policy) {
   asm volatile(

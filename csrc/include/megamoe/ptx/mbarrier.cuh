@@ -14,6 +14,12 @@ MEGAMOE_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.re
 
 MEGAMOE_DEVICE void mbarrier_arrive(uint32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
+// At a barrier of any block of the cluster: `mapped` is from map_shared. For threads that have only read. A release to the cluster, which
+// writes would need, is a MEMBAR.GPU.
+MEGAMOE_DEVICE void mbarrier_arrive_cluster(uint32 mapped) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+
 MEGAMOE_DEVICE void mbarrier_arrive_expect_bytes(uint32 barrier, uint32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
 }

@@ -26,6 +26,12 @@ MEGAMOE_DEVICE void st_shared_128(uint32 address, Words4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+MEGAMOE_DEVICE uint32 ld_shared_32(uint32 address) {
+  uint32 v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
 MEGAMOE_DEVICE float ld_shared_float(uint32 address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));

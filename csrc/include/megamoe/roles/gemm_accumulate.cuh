@@ -25,7 +25,7 @@ MEGAMOE_DEVICE void multiply(float (&sums)[kTokens / 2], const sm90::WeightFragm
 // One warpgroup's view of the ring: the stage it multiplies next and, where it loads ahead, the one it takes weights from next.
 template <class Config>
 struct StageReader {
-  Pipeline<Config::kStages> pipe, ahead;
+  StagePipeline<Config> pipe, ahead;
   uint32 base, warpgroup, thread;
 
   MEGAMOE_DEVICE uint32 stage() const { return base + pipe.stage * SmemPlan<Config>::kStageBytes; }
@@ -39,7 +39,11 @@ struct StageReader {
   }
   // Every warp says for itself that it has read the stage: its own LDS and its quarter of the wgmma.
   MEGAMOE_DEVICE void release(uint32 empty_barrier) const {
-    if (thread % 32 == 0) ptx::mbarrier_arrive(empty_barrier);
+    if constexpr (Config::kClusterBlocks == 1) {
+      if (thread % 32 == 0) ptx::mbarrier_arrive(empty_barrier);
+    } else {
+      if (thread % 32 < Config::kClusterBlocks) ptx::mbarrier_arrive_cluster(ptx::map_shared(empty_barrier, thread % 32));
+    }
   }
 };
 

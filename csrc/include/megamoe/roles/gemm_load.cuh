@@ -25,7 +25,7 @@ struct WeightTile {
 template <class Config>
 MEGAMOE_DEVICE void gemm_load(const Fp4GemmParams& p, TileReader tiles, uint32 base) {
   using Plan = SmemPlan<Config>;
-  Pipeline<Config::kStages> pipe(base + Plan::kBarriers);
+  StagePipeline<Config> pipe(base + Plan::kBarriers);
   const uint64 streaming = ptx::policy_evict_first(), reused = ptx::policy_evict_normal();
   for (Tile tile = tiles.next(); tile.num_tokens > 0; tile = tiles.next()) {
     const WeightTile<Config> weights(p, tile);

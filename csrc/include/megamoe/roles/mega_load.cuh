@@ -12,20 +12,52 @@ namespace megamoe {
 // a task from a block that is idle.
 constexpr uint32 kClaimAhead = 10, kHandOverAhead = 4;
 
-// Hands the block's tasks over to its roles.
+// The tickets of a cluster, whose first block claims them: it leaves each in a word of the others' shared memory.
+template <class Config>
+struct ClusterTickets {
+  using Plan = MegaSmemPlan<Config>;
+  uint32 base;
+  typename Plan::TicketPipeline pipe;
+
+  MEGAMOE_DEVICE explicit ClusterTickets(uint32 base) : base(base), pipe(base + Plan::kTicketBarriers) {}
+
+  // Returns the ticket that the first block passes in.
+  MEGAMOE_DEVICE uint32 share(uint32 ticket) {
+    if (ptx::cluster_rank() == 0) {
+      pipe.acquire();
+      for (uint32 rank = 1; rank < Config::kClusterBlocks; ++rank)
+        ptx::st_async_cluster(ptx::map_shared(base + Plan::kTicket, rank), ticket, ptx::map_shared(pipe.full(), rank));
+    } else {
+      ptx::mbarrier_arrive_expect_bytes(pipe.full(), sizeof(ticket));
+      pipe.wait_full();
+      ticket = ptx::ld_shared_32(base + Plan::kTicket);
+      ptx::mbarrier_arrive_cluster(ptx::map_shared(pipe.empty(), 0));
+    }
+    pipe.advance();
+    return ticket;
+  }
+};
+
+// Hands the block's tasks over to its roles. A task of a cluster is a row tile for each of its blocks.
 template <class Config>
 struct TaskFeed {
+  static constexpr bool kIsCluster = Config::kClusterBlocks > 1;
   const CallEnd& end;
   MoeTaskStream<Config> stream;
   Tile* slots;
   TilePipeline pipe;
+  ClusterTickets<Config> tickets;
   uint32 ticket;
 
-  MEGAMOE_DEVICE void claim() { ticket = end.claim(); }
+  MEGAMOE_DEVICE void claim() {
+    if (!kIsCluster || ptx::cluster_rank() == 0) ticket = end.claim();
+  }
   // Returns the task; without tokens it is the end. It stays in its slot until kTileSlots - 1 more have been handed over.
   MEGAMOE_DEVICE const Tile* hand_over() {
     Tile tile;
+    if constexpr (kIsCluster) ticket = tickets.share(ticket);
     if (!stream.find(ticket, tile)) tile.num_tokens = 0;
+    if constexpr (kIsCluster) tile.row_tile = tile.row_tile * Config::kClusterBlocks + ptx::cluster_rank();
     pipe.acquire();
     Tile* slot = slots + pipe.stage;
     *slot = tile;
@@ -38,7 +70,7 @@ struct TaskFeed {
 // Streams the weights of a task for blocks [begin, end) of its K.
 template <class Config>
 MEGAMOE_DEVICE void stream_weights(const Fp4GemmParams& linear, const Tile& tile, uint32 begin, uint32 end, uint32 base,
-                                   Pipeline<Config::kStages>& pipe) {
+                                   StagePipeline<Config>& pipe) {
   using Plan = SmemPlan<Config>;
   const WeightTile<Config> weights(linear, tile);
   const uint64 policy = tile.is_only_reader ? ptx::policy_evict_first() : ptx::policy_evict_normal();
@@ -51,8 +83,9 @@ MEGAMOE_DEVICE void stream_weights(const Fp4GemmParams& linear, const Tile& tile
 
 template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_load_weights(const MegaBlock<Layout, Config>& block, Tile* slots, TilePipeline tiles) {
-  Pipeline<Config::kStages> pipe(block.base + SmemPlan<Config>::kBarriers);
-  TaskFeed<Config> feed{block.p.end, MoeTaskStream<Config>(block.table, block.p.stream), slots, tiles};
+  StagePipeline<Config> pipe(block.base + SmemPlan<Config>::kBarriers);
+  TaskFeed<Config> feed{block.p.end, MoeTaskStream<Config>(block.table, block.p.stream), slots, tiles,
+                        ClusterTickets<Config>(block.base)};
   auto timeline = block.timeline(kWeightsLane, true);
   feed.claim();
   const Tile* task = feed.hand_over();
@@ -73,12 +106,36 @@ MEGAMOE_DEVICE void mega_load_weights(const MegaBlock<Layout, Config>& block, Ti
   }
 }
 
+// Brings the tokens of a tile, or this block's part of them to all blocks of its cluster.
+template <class Config>
+struct TokenTile {
+  const ptx::TensorMap* map;
+  uint32 first_row, offset, num_bytes;  // of the whole tile
+
+  MEGAMOE_DEVICE TokenTile(const Fp4GemmParams& p, const Tile& tile) {
+    const uint32 num_tokens = Config::TokenTiles::at(tile.token_tile_idx);
+    const uint32 rank = Config::kClusterBlocks > 1 ? ptx::cluster_rank() : 0, first = first_token_of<Config>(rank, num_tokens);
+    map = &p.x_maps[tile.token_tile_idx * Config::kClusterBlocks + rank];
+    first_row = tile.first_row + first;
+    offset = SmemPlan<Config>::kTokensOffset + first * sm90::WeightUnit::kK;
+    num_bytes = num_tokens * sm90::WeightUnit::kK;
+  }
+
+  MEGAMOE_DEVICE void load(uint32 k, uint32 stage, uint32 full) const {
+    constexpr uint32 kK = sm90::WeightUnit::kK, kAllBlocks = (1 << Config::kClusterBlocks) - 1;
+    if constexpr (Config::kClusterBlocks == 1)
+      ptx::tensor_load_2d(stage + offset, map, k * kK, first_row, full);
+    else
+      ptx::tensor_load_2d_multicast(stage + offset, map, k * kK, first_row, full, kAllBlocks);
+  }
+};
+
 template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_load_tokens(const MegaBlock<Layout, Config>& block, TileReader tiles) {
   using Plan = SmemPlan<Config>;
   const MegaMoeParams& p = block.p;
   const CallWatch<Layout> watch = block.watch(CallPhase::kExperts);
-  Pipeline<Config::kStages> pipe(block.base + Plan::kBarriers);
+  StagePipeline<Config> pipe(block.base + Plan::kBarriers);
   auto timeline = block.timeline(kTokensLane, true);
   for (Tile tile = tiles.next(); tile.num_tokens > 0; tile = tiles.next()) {
     timeline.begin();
@@ -88,12 +145,10 @@ MEGAMOE_DEVICE void mega_load_tokens(const MegaBlock<Layout, Config>& block, Til
       p.flow.wait_folded(tile.number, watch);
     timeline.mark(SpanKind::kTokensWait, tile);
     ptx::fence_proxy_async_global();
-    const ptx::TensorMap* x_map = &p.linear[tile.linear].x_maps[tile.token_tile_idx];
-    const uint32 num_bytes = Config::TokenTiles::at(tile.token_tile_idx) * sm90::WeightUnit::kK;
+    const TokenTile<Config> tokens(p.linear[tile.linear], tile);
     for (uint32 k = 0; k < tile.num_k; ++k, pipe.advance()) {
-      pipe.acquire(num_bytes);
-      ptx::tensor_load_2d(block.base + pipe.stage * Plan::kStageBytes + Plan::kTokensOffset, x_map, k * sm90::WeightUnit::kK,
-                          tile.first_row, pipe.full());
+      pipe.acquire(tokens.num_bytes);  // from whichever block
+      tokens.load(k, block.base + pipe.stage * Plan::kStageBytes, pipe.full());
     }
     timeline.mark(SpanKind::kTokens, tile);
   }

@@ -94,7 +94,7 @@ MEGAMOE_DEVICE void dispatch_tasks(TaskWalk<Config>& walk) {
 template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_math(const MegaBlock<Layout, Config>& block, TileReader tiles, uint32 warpgroup,
                               Timeline<Config::kTimeline>& timeline) {
-  const Pipeline<Config::kStages> ring(block.base + SmemPlan<Config>::kBarriers);
+  const StagePipeline<Config> ring(block.base + SmemPlan<Config>::kBarriers);
   StageReader<Config> reader{ring, ring, block.base, warpgroup, threadIdx.x % 128};
   TaskWalk<Config> walk{block.p, reader, tiles, timeline, block.base + MegaSmemPlan<Config>::kDone};
   walk.next();

@@ -24,7 +24,9 @@ struct TaskPublisher {
     const Tile& task = tiles.slots[tiles.pipe.stage];
     is_over = task.num_tokens == 0;
     if (is_over || !ptx::mbarrier_test(DoneBarriers::of(done, tiles.pipe.stage), tiles.pipe.phase)) return;
-    const uint32 num_row_blocks = min_of(Config::kMathWarpgroups, p.flow.row_blocks[task.linear] - task.row_tile * Config::kMathWarpgroups);
+    const uint32 end = p.flow.row_blocks[task.linear], first = task.row_tile * Config::kMathWarpgroups;
+    const bool has_rows = Config::kClusterBlocks == 1 || first < end;  // for a block of a cluster there may be none left
+    const uint32 num_row_blocks = has_rows ? min_of(Config::kMathWarpgroups, end - first) : 0;
     if (task.linear == 0)
       p.flow.publish_activated(task.number, num_row_blocks);
     else if (p.flow.is_slot_used_again(task.number, num_tiles))

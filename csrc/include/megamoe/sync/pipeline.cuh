@@ -3,6 +3,9 @@
 //     producers  --(full: all bytes landed)-->  consumer warps
 //     producers  <--(empty: every consumer warp has finished reading)--  consumer warps
 //
+// In a cluster a producer of one block may fill part of a stage of all of them; then consumers of all blocks say to each that they have
+// finished, kClusterBlocks times as many.
+//
 // Each role keeps its own Pipeline by value: position and phase are registers of the role, only the barriers are shared.
 #pragma once
 
@@ -10,7 +13,7 @@
 
 namespace megamoe {
 
-template <uint32 kStages>
+template <uint32 kStages, uint32 kClusterBlocks = 1>
 struct Pipeline {
   static constexpr uint32 kBarrierBytes = kStages * 16;
 
@@ -21,7 +24,7 @@ struct Pipeline {
   static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumers, uint32 num_producers = 1) {
     for (uint32 i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(barriers + i * 16, num_producers);
-      ptx::mbarrier_init(barriers + i * 16 + 8, num_consumers);
+      ptx::mbarrier_init(barriers + i * 16 + 8, num_consumers * kClusterBlocks);
     }
   }
 
