@@ -77,7 +77,8 @@ class MegaMoeConfig(GemmBlock):
 
     @cached_property
     def smem_bytes(self) -> int:
-        """MegaSmemPlan::kBytes: that of the GEMM, then a buffer and two barriers per row in flight, and a barrier per task handed over."""
+        """MegaSmemPlan::kBytes: that of the GEMM, a buffer and two barriers per row in flight, a barrier per task handed over, and in a cluster
+        a ticket with its two barriers."""
         return round_up(self.gemm_bytes, 128) + self._mega_bytes
 
     @property

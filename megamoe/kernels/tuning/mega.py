@@ -68,7 +68,7 @@ def all_mega(shape: MoEShape, max_tokens: int, pool_rows: int | None = None) -> 
 def _config(shape: MoEShape, candidate: Candidate) -> MegaMoeConfig:
     """With one row in flight per block instead of two where that gives a short ring another stage: even at 2.7 us per row the blocks fetch
     350 GB/s together, more than NVLink gives them."""
-    if shape.num_sms % candidate.cluster_blocks:
+    if shape.num_sms % candidate.cluster_blocks:  # a block would be left over
         candidate = candidate._replace(cluster_blocks=1)
     shapes = (with_most_stages(**candidate._asdict(), pull_buffers=pull_buffers,
                                max_groups=table_capacity(shape.num_experts // shape.num_ranks), has_down_bias=shape.has_down_bias,

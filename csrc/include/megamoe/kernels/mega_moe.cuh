@@ -20,6 +20,9 @@
 //       +--------------------------------------------------------------------------------+
 //     --x-->  counter in global memory, any block to any block          ==x==>  mbarrier inside a block
 //
+// With kClusterBlocks > 1 the blocks of a cluster take a task together, a row tile each, and share the copies of its tokens; the arrows into
+// and out of math then go to and come from every block of the cluster (roles/mega_load.cuh).
+//
 // Ranks meet twice in a call: at inputs_ready (moe_stage -> moe_route) and at combine_ready (the last block of a rank -> combine).
 #pragma once
 
@@ -60,7 +63,7 @@ struct DoneBarriers {
   }
 };
 
-// Shared memory: that of the GEMM, then the rows in flight between ranks.
+// Shared memory: that of the GEMM, then the rows in flight between ranks, and in a cluster the ticket that its first block leaves.
 template <class Config>
 struct MegaSmemPlan {
   using Gemm = SmemPlan<Config>;
@@ -102,6 +105,7 @@ struct MegaBlock {
 
 namespace megamoe {
 
+// All threads of the cluster; of the block, where it stands alone.
 template <class Config>
 MEGAMOE_DEVICE void meet_cluster() {
   if constexpr (Config::kClusterBlocks > 1)

@@ -147,7 +147,7 @@ MEGAMOE_DEVICE void mega_load_tokens(const MegaBlock<Layout, Config>& block, Til
     ptx::fence_proxy_async_global();
     const TokenTile<Config> tokens(p.linear[tile.linear], tile);
     for (uint32 k = 0; k < tile.num_k; ++k, pipe.advance()) {
-      pipe.acquire(tokens.num_bytes);  // from whichever block
+      pipe.acquire(tokens.num_bytes);  // of the whole tile, whichever block brings them
       tokens.load(k, block.base + pipe.stage * Plan::kStageBytes, pipe.full());
     }
     timeline.mark(SpanKind::kTokens, tile);

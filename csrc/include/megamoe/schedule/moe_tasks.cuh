@@ -28,7 +28,7 @@ struct TileRing {
 
 // What the order depends on beside the counts of rows.
 struct MoeStreamShape {
-  uint32 row_tiles[2];  // of linear 1 and 2
+  uint32 row_tiles[2];  // of linear 1 and 2; one for all blocks of a cluster
   uint32 k_blocks[2];
   uint32 band_tiles, lag_tiles;
   TileRing ring;
