@@ -85,7 +85,7 @@ REGIONS: tuple[Region, ...] = (
     _inputs("num_tokens", ("1",), "int64", "tokens of this call"),
     _inputs("topk_idx", ("T", "K"), "int64", "global expert per slot, -1 for none"),
     _inputs("topk_weights", ("T", "K"), "float32", "weight per slot"),
-    _inputs("x", ("T", "H"), "row", "token rows, quantised in the fp8 precisions"),
+    _inputs("x", ("T", "H"), "row", "token rows, quantised in the fp8 precisions; for mega_moe in thread order"),
     _inputs("x_sf", ("T", "H/32"), "uint8", "UE8M0 scale per 32 channels of x; equal within a token if staged by kernels", FP8_PRECISIONS),
     _pool("pool_x", ("P", "H"), "row", "ring of rows pulled for the local experts"),
     _pool("pool_x_sf", ("P", "H/32"), "uint8", "scales of pool_x", FP8_PRECISIONS),

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from megamoe.comm import Arena
+from megamoe.config import FP8_PRECISIONS
 from megamoe.errors import EngineUnavailableError
 from megamoe.formats import ExpertWeights
 
@@ -44,8 +46,16 @@ class Engine(Protocol):
     def weights(self) -> ExpertWeights | None:
         """The experts in canonical form, None before `load`. May be made anew by each call."""
 
+    def token_views(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where producers may write the tokens of a call: x [max_tokens_per_rank, H] and, in the fp8 precisions, x_sf [.., H/32]."""
+
     def forward(self, x: torch.Tensor, x_sf: torch.Tensor | None, topk_idx: torch.Tensor, topk_weights: torch.Tensor,
                 expert_load: torch.Tensor) -> torch.Tensor: ...
+
+
+def arena_token_views(arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The token views of an engine that stages tokens where they lie."""
+    return arena.view("x"), arena.view("x_sf") if arena.dims.precision in FP8_PRECISIONS else None
 
 
 def choose_engine(requested: str, device: torch.device | str, precision: str, is_mapped: bool = True) -> tuple[str, str]:

@@ -6,13 +6,13 @@ Legend: T tokens of this rank, K top-k slots, e local experts, H hidden.
 import torch
 
 from megamoe.comm import Arena
-from megamoe.config import MoEConfig
+from megamoe.config import X_GROUP, MoEConfig
 from megamoe.engines.packed_experts import ACT_GROUP, PackedExperts, gate_constants
 from megamoe.formats import ExpertWeights
 from megamoe.kernels import devices
 from megamoe.kernels.fp4_gemm import num_sms
 from megamoe.kernels.mega_moe import MegaExperts, MegaMoe
-from megamoe.kernels.mega_moe_config import MegaMoeConfig
+from megamoe.kernels.mega_moe_config import MegaMoeConfig, has_thread_order
 from megamoe.kernels.moe_dispatch import ArenaDispatch
 from megamoe.kernels.tuning.mega import all_mega
 from megamoe.kernels.tuning.moe_shape import MoEShape, token_bucket
@@ -64,7 +64,7 @@ class FusedEngine:
         cfg, arena = self.cfg, self.arena
         device = arena.device
         with devices.current(device.index):
-            packed = PackedExperts.pack(weights.to_precision(cfg.precision), device)
+            packed = PackedExperts.pack(weights.to_precision(cfg.precision), device, has_thread_order(cfg.hidden, cfg.intermediate))
             shape = MoEShape(hidden=cfg.hidden, intermediate=cfg.intermediate, num_experts=cfg.num_experts, num_topk=cfg.num_topk,
                              num_ranks=arena.num_ranks, has_down_bias=packed.down_bias is not None, scatter=True,
                              num_sms=num_sms(device.index))
@@ -76,6 +76,14 @@ class FusedEngine:
     def weights(self) -> ExpertWeights | None:
         """The canonical form, unpacked anew by each call: nothing holds a second copy."""
         return None if self._packed is None else self._packed.unpack()
+
+    def token_views(self):
+        """Beside the arena, where staging puts tokens in another order: as they are there they could not be staged again. Made when asked for;
+        one for all layers of the arena."""
+        arena, cfg = self.arena, self.cfg
+        return arena.shared("fused token views", lambda: (
+            torch.empty(cfg.max_tokens_per_rank, cfg.hidden, dtype=torch.float8_e4m3fn, device=arena.device),
+            torch.empty(cfg.max_tokens_per_rank, cfg.hidden // X_GROUP, dtype=torch.uint8, device=arena.device)))
 
     def forward(self, x, x_sf, topk_idx, topk_weights, expert_load):
         """x [T, H] BF16 (codes with x_sf [T, H/32] if given), topk_idx [T, K] int64, topk_weights [T, K] float32 -> y [T, H] BF16.

@@ -27,13 +27,13 @@ class PackedExperts:
     kernel_down_bias: torch.Tensor | None  # [e, H] float32
 
     @classmethod
-    def pack(cls, weights: ExpertWeights, device: torch.device) -> "PackedExperts":
+    def pack(cls, weights: ExpertWeights, device: torch.device, thread_order: bool = False) -> "PackedExperts":
         """Kernel layout of FP4 experts on `device`, one matrix after the other so that few temporaries live at once. Sync: reads the
         device once per expert."""
         gate_up_bias, down_bias = (None if bias is None else bias.to(device) for bias in (weights.gate_up_bias, weights.down_bias))
         return cls(
-            layout_sm90.pack(weights.gate_up.to(device), interleave_gate_up=True),
-            layout_sm90.pack(weights.down.to(device), interleave_gate_up=False),
+            layout_sm90.pack(weights.gate_up.to(device), interleave_gate_up=True, thread_order=thread_order),
+            layout_sm90.pack(weights.down.to(device), interleave_gate_up=False, thread_order=thread_order),
             gate_up_bias, down_bias,
             None if gate_up_bias is None else gate_up.interleave(gate_up_bias.float(), dim=1).contiguous(),
             None if down_bias is None else down_bias.float().contiguous())

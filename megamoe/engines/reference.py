@@ -12,7 +12,7 @@ import torch
 
 from megamoe.comm import Arena
 from megamoe.config import X_GROUP, MoEConfig
-from megamoe.engines.base import Traffic
+from megamoe.engines.base import Traffic, arena_token_views
 from megamoe.formats import ExpertWeights, QuantizedTokens, quantize_tokens
 from megamoe.reference.expert_mlp import expert_mlp
 
@@ -61,6 +61,9 @@ class ReferenceEngine:
 
     def weights(self) -> ExpertWeights | None:
         return self._weights
+
+    def token_views(self):
+        return arena_token_views(self.arena)
 
     def forward(self, x, x_sf, topk_idx, topk_weights, expert_load):
         """x [T, H] (codes with x_sf [T, H/32] if given), topk_idx [T, K] int64, topk_weights [T, K] float32 -> y [T, H].

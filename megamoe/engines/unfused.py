@@ -9,6 +9,7 @@ import torch
 
 from megamoe.comm import Arena
 from megamoe.config import MoEConfig
+from megamoe.engines.base import arena_token_views
 from megamoe.engines.packed_experts import ACT_GROUP, PackedExperts, gate_constants
 from megamoe.engines.transports import ReceivedRows, Transport, create_transport
 from megamoe.env import env
@@ -67,6 +68,9 @@ class UnfusedEngine:
 
     def weights(self) -> ExpertWeights | None:
         return None if self._experts is None else self._experts.unpack()
+
+    def token_views(self):
+        return arena_token_views(self.arena)
 
     def forward(self, x, x_sf, topk_idx, topk_weights, expert_load):
         """x [T, H] BF16 (codes with x_sf [T, H/32] if given), topk_idx [T, K] int64, topk_weights [T, K] float32 -> y [T, H] BF16.

@@ -3,9 +3,12 @@
 A storage unit is 64 rows x 128 K = 4352 contiguous bytes: 4096 B of codes in wgmma fragment order, then 256 B of group
 exponents. Row 16w + 8h + g of a unit belongs to warp w of 4, row half h, lane group g of 8; column 32j + 16u + 4t + i to k32 step j,
 column half u, thread t of 4, element i. In step j, lane 4g + t of warp w multiplies registers a[h + 2u], one element i per byte.
+
+In thread order (formats/thread_order.py) the columns of a unit are channels 32t + 8j + 4u + i: for tokens in the same order, and a main
+loop that builds one lookup table per row instead of four.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from megamoe.errors import FormatError
 from megamoe.formats import gate_up
 from megamoe.formats.checks import require
 from megamoe.formats.fp4_weight import GROUP, ZERO_GROUP_SCALE, FP4Weight
+from megamoe.formats.thread_order import from_thread_order, to_thread_order
 
 UNIT_ROWS = 64
 UNIT_K = 128
@@ -41,12 +45,14 @@ class Sm90Weight:
             factor of 1) for a row of zeros.
         shape: (E, N, K) without padding.
         interleaved: kernel rows are slabs of 8 gate rows and the 8 matching up rows.
+        thread_order: columns are in thread order, as mega_moe wants them where it stages tokens so. The GEMM ops take natural order.
     """
 
     blocks: Tensor
     row_base: Tensor
     shape: torch.Size
     interleaved: bool
+    thread_order: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +63,7 @@ class Sm90Weight:
         return self.blocks.nbytes + self.row_base.nbytes
 
     def to(self, device: torch.device | str) -> "Sm90Weight":
-        return Sm90Weight(self.blocks.to(device), self.row_base.to(device), self.shape, self.interleaved)
+        return replace(self, blocks=self.blocks.to(device), row_base=self.row_base.to(device))
 
     def unpack(self) -> FP4Weight:
         """The canonical weight, exactly, except that all-zero groups get the canonical scale byte."""
@@ -66,8 +72,8 @@ class Sm90Weight:
         scales = torch.empty(num_experts, n, k // GROUP, dtype=torch.uint8, device=self.device)
         for expert in range(num_experts):
             units = self.blocks[expert]  # [row blocks, k blocks, 4352]
-            rows = _codes_from_units(units[..., :CODE_BYTES])[:n, : k // 2]
-            exponents = _exponents_from_units(units[..., CODE_BYTES:])[:n, : k // GROUP]
+            rows = _codes_from_units(units[..., :CODE_BYTES], self.thread_order)[:n, : k // 2]
+            exponents = _exponents_from_units(units[..., CODE_BYTES:], self.thread_order)[:n, : k // GROUP]
             scale = exponents - MIN_EXPONENT + self.row_base[expert, :n, None]
             scale = scale.masked_fill(~_nonzero_groups(rows), ZERO_GROUP_SCALE)
             codes[expert] = gate_up.deinterleave(rows) if self.interleaved else rows
@@ -75,12 +81,13 @@ class Sm90Weight:
         return FP4Weight(codes, scales, check_nan=False)
 
 
-def pack(weight: FP4Weight, interleave_gate_up: bool) -> Sm90Weight:
+def pack(weight: FP4Weight, interleave_gate_up: bool, thread_order: bool = False) -> Sm90Weight:
     """Bring weights into the order of the sm_90a main loop.
 
     Args:
         weight: [E, N, K].
         interleave_gate_up: N = 2I rows are I gate rows, then I up rows, and are interleaved by 8.
+        thread_order: put columns in thread order.
 
     Returns:
         Sm90Weight on the same device; `unpack()` is the inverse.
@@ -107,10 +114,10 @@ def pack(weight: FP4Weight, interleave_gate_up: bool) -> Sm90Weight:
         if interleave_gate_up:
             codes, exponents, base = map(gate_up.interleave, (codes, exponents, base))
         exponents = F.pad(exponents, (0, pad_k // GROUP, 0, pad_rows), value=MIN_EXPONENT)
-        blocks[expert, ..., :CODE_BYTES] = _codes_to_units(F.pad(codes, (0, pad_k // 2, 0, pad_rows)))
-        blocks[expert, ..., CODE_BYTES:] = _exponents_to_units(exponents)
+        blocks[expert, ..., :CODE_BYTES] = _codes_to_units(F.pad(codes, (0, pad_k // 2, 0, pad_rows)), thread_order)
+        blocks[expert, ..., CODE_BYTES:] = _exponents_to_units(exponents, thread_order)
         row_base[expert] = F.pad(base, (0, pad_rows), value=ROW_BASE_BIAS)
-    return Sm90Weight(blocks, row_base, weight.shape, interleave_gate_up)
+    return Sm90Weight(blocks, row_base, weight.shape, interleave_gate_up, thread_order)
 
 
 def _nonzero_groups(codes: Tensor) -> Tensor:
@@ -139,13 +146,15 @@ def _require_window(span: Tensor, expert: int, is_gate_up: bool) -> None:
                           f"row {row}{part}; zero its smallest groups or run precision='bf16'")
 
 
-def _codes_to_units(codes: Tensor) -> Tensor:
+def _codes_to_units(codes: Tensor, thread_order: bool) -> Tensor:
     """Canonical codes of one expert [N, K/2] -> [N/64, K/128, 4096] uint8 in fragment order.
 
     A 32-bit word holds the 8 weights of (row half h, step j): 4 of column half u = 0, 4 of u = 1. Its nibbles are the magnitudes in that
     order; the bit above each magnitude is a sign, bit 8i + 7 of element i of u = 0 and bit 8i + 3 of element i of u = 1, so that both
     register halves take their signs with one AND.
     """
+    if thread_order:
+        codes = to_thread_order(codes.contiguous().view(torch.int16)).view(torch.uint8)
     tiles = codes.view(-1, 4, 2, 8, codes.shape[1] // 64, 2, 2, 2, 4, 2)  # [row block, w, h, g, k block, j/2, j%2, u, t, byte]
     lo, hi = tiles.unbind(dim=7)
     (c0, c1), (d0, d1) = lo.unbind(dim=-1), hi.unbind(dim=-1)  # elements (0, 1) and (2, 3), low nibble first
@@ -159,7 +168,7 @@ def _codes_to_units(codes: Tensor) -> Tensor:
     return word.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).reshape(tiles.shape[0], tiles.shape[4], CODE_BYTES)
 
 
-def _codes_from_units(units: Tensor) -> Tensor:
+def _codes_from_units(units: Tensor, thread_order: bool) -> Tensor:
     """The inverse of `_codes_to_units`: [row blocks, k blocks, 4096] -> [N, K/2] uint8."""
     num_row_blocks, num_k_blocks = units.shape[:2]
     word = units.reshape(num_row_blocks, num_k_blocks, 2, 4, 8, 4, 2, 2, 4).permute(0, 3, 7, 4, 1, 2, 6, 5, 8)
@@ -172,17 +181,23 @@ def _codes_from_units(units: Tensor) -> Tensor:
         b2 & _MAGNITUDES | b0 & _SIGN_LOW | (b1 & _SIGN_LOW) << 4,
         b3 & _MAGNITUDES | b2 & _SIGN_LOW | (b3 & _SIGN_LOW) << 4,
     ), dim=-1)
-    return torch.stack((lo, hi), dim=-3).reshape(num_row_blocks * UNIT_ROWS, num_k_blocks * UNIT_K // 2)
+    codes = torch.stack((lo, hi), dim=-3).reshape(num_row_blocks * UNIT_ROWS, num_k_blocks * UNIT_K // 2)
+    return from_thread_order(codes.view(torch.int16)).view(torch.uint8) if thread_order else codes
 
 
-def _exponents_to_units(exponents: Tensor) -> Tensor:
-    """Exponents of one expert [N, K/32] -> [N/64, K/128, 256] uint8: 8 bytes per (w, g), steps j of half 0, then of half 1."""
-    tiles = exponents.view(-1, 4, 2, 8, exponents.shape[1] // 4, 4)  # [row block, w, h, g, k block, j]
-    return tiles.permute(0, 4, 1, 3, 2, 5).reshape(tiles.shape[0], tiles.shape[4], 256)
+def _exponents_to_units(exponents: Tensor, thread_order: bool) -> Tensor:
+    """Exponents of one expert [N, K/32] -> [N/64, K/128, 256] uint8: 8 bytes per (w, g), steps j of half 0, then of half 1; in thread order
+    the two halves of thread 0, of thread 1, ..., each of which has one group."""
+    tiles = exponents.view(-1, 4, 2, 8, exponents.shape[1] // 4, 4)  # [row block, w, h, g, k block, j or t]
+    order = (0, 4, 1, 3, 5, 2) if thread_order else (0, 4, 1, 3, 2, 5)
+    return tiles.permute(order).reshape(tiles.shape[0], tiles.shape[4], 256)
 
 
-def _exponents_from_units(units: Tensor) -> Tensor:
+def _exponents_from_units(units: Tensor, thread_order: bool) -> Tensor:
     """The inverse of `_exponents_to_units`: [row blocks, k blocks, 256] -> [N, K/32] uint8."""
     num_row_blocks, num_k_blocks = units.shape[:2]
-    tiles = units.reshape(num_row_blocks, num_k_blocks, 4, 8, 2, 4).permute(0, 2, 4, 3, 1, 5)
+    if thread_order:
+        tiles = units.reshape(num_row_blocks, num_k_blocks, 4, 8, 4, 2).permute(0, 2, 5, 3, 1, 4)
+    else:
+        tiles = units.reshape(num_row_blocks, num_k_blocks, 4, 8, 2, 4).permute(0, 2, 4, 3, 1, 5)
     return tiles.reshape(num_row_blocks * UNIT_ROWS, num_k_blocks * 4)

@@ -71,7 +71,7 @@ def block_constants(config: GemmBlock) -> dict[str, int | bool]:
         "math_warpgroups": config.num_math_warpgroups, "threads": config.num_threads, "math_registers": config.math_registers,
         "aux_registers": config.aux_registers, "stages": config.num_stages, "max_groups": config.max_groups,
         "max_double_buffered": config.max_double_buffered, "loads_ahead": config.loads_ahead, "unit_map_lines": UNIT_MAP_LINES,
-        "cluster_blocks": config.cluster_blocks,
+        "cluster_blocks": config.cluster_blocks, "thread_order": config.thread_order,
     }
 
 
@@ -110,7 +110,7 @@ def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: 
     stream = devices.stream(device)
     if workspace is None:
         workspace = _workspace(device, stream, config.workspace_bytes(num_sms(device)))
-    key = (kernel, workspace.data_ptr(), weight.shape, weight.interleaved, limit, alpha, up_bias,
+    key = (kernel, workspace.data_ptr(), weight.shape, weight.interleaved, weight.thread_order, limit, alpha, up_bias,
            *[t if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors])
     params = _launches.get(key)
     if params is None:
@@ -187,6 +187,7 @@ def _check(weight, config, codes, sf, blocks, row_base, offsets, bounds, counts,
     holds_groups = config.max_groups >= num_groups
     check(holds_groups, OP, "config.max_groups", f"at least {num_groups}", config.max_groups, "round G up to a power of two")
     check(weight.interleaved == is_swiglu, OP, "weight.interleaved", is_swiglu, weight.interleaved, "pack the weight for this epilogue")
+    check(not weight.thread_order, OP, "weight.thread_order", False, True, "pack the weight in natural order")
     fits_bias = is_swiglu or config.has_bias == (bias is not None)
     check(fits_bias, OP, "bias", "given" if config.has_bias else "None", None if bias is None else "a tensor", "see config.has_bias")
     step = 64 if is_swiglu else 32

@@ -47,6 +47,7 @@ class GemmBlock:
     fixed_bytes: int
     smem_bytes: int
     cluster_blocks: int = 1
+    thread_order: bool = False  # of the columns of tokens and weights (formats/thread_order.py)
 
     @property
     def math_registers(self) -> int:

@@ -71,6 +71,7 @@ class Operands:
         check(shape[-2] % 32 == 0, self.op, f"{name}.shape[-2]", "a multiple of 32", shape[-2], fix)
         fix = f"pack it with interleave_gate_up={interleaved}"
         check(w.interleaved == interleaved, self.op, f"{name}.interleaved", interleaved, w.interleaved, fix)
+        check(not w.thread_order, self.op, f"{name}.thread_order", False, True, "pack it with thread_order=False, the order of the tokens")
         self._storage(f"{name}.blocks", w.blocks)
         self._storage(f"{name}.row_base", w.row_base)
 

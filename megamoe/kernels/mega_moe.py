@@ -54,7 +54,7 @@ class MegaExperts:
     """The local experts as mega_moe reads them, and their gate as `reference.swiglu` has it.
 
     Args:
-        gate_up: [e, 2I, H], interleaved. down: [e, H, I].
+        gate_up: [e, 2I, H], interleaved. down: [e, H, I]. Both in thread order if `has_thread_order`.
         gate_up_bias: [e, 2I] float32, interleaved, or None. down_bias: [e, H] float32 or None.
         limit: +inf for none. alpha: 1 with up_bias 0 is SiLU.
     """
@@ -200,6 +200,9 @@ class MegaMoe:
 
     def _make_params(self, config: MegaMoeConfig, experts: MegaExperts, routed: RoutedRows) -> Params:
         dims, pool, counters = self.dims, self._pool, self.counters.data_ptr()
+        for name in ("gate_up", "down"):
+            has_order = getattr(experts, name).thread_order
+            check(has_order == config.thread_order, OP, f"{name}.thread_order", config.thread_order, has_order, "pack it as has_thread_order says")
         grouping = Grouping.allocate(offsets=routed.offsets.data_ptr(), num_groups=dims.num_experts // dims.num_ranks,
                                      num_rows=num_entries(dims))
         pool_sf, has_bias = pool["pool_x_sf"].view(-1), experts.down_bias is not None

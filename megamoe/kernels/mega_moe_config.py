@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megamoe.errors import check
-from megamoe.kernels.fp4_gemm_config import MAX_SMEM_BYTES, TILE_SLOTS, GemmBlock, round_up
+from megamoe.kernels.fp4_gemm_config import BLOCK_K, MAX_SMEM_BYTES, TILE_SLOTS, GemmBlock, round_up
 
 OP = "mega_moe"
 # (math, aux) registers per thread by number of math warpgroups: the aux warps do more here than in fp4_gemm. The sum over the block must
@@ -59,6 +59,10 @@ class MegaMoeConfig(GemmBlock):
         self._check_block(OP, MAX_TOKEN_TILE)
 
     @property
+    def thread_order(self) -> bool:
+        return has_thread_order(self.hidden, self.intermediate)
+
+    @property
     def max_double_buffered(self) -> int:
         """Largest token tile that expands into two fragments."""
         return MAX_DOUBLE_BUFFERED[self.num_math_warpgroups]
@@ -85,6 +89,12 @@ class MegaMoeConfig(GemmBlock):
     def _mega_bytes(self) -> int:
         ticket_bytes = 24 if self.cluster_blocks > 1 else 0
         return self.pull_buffers * (self.hidden + 16) + 8 * TILE_SLOTS + ticket_bytes
+
+
+def has_thread_order(hidden: int, intermediate: int) -> bool:
+    """Whether tokens, activated rows and weights of a layer are in thread order (formats/thread_order.py) on their way through mega_moe:
+    where K of both linears is whole blocks. Otherwise they are in natural order, which costs 2 to 3 %."""
+    return hidden % BLOCK_K == 0 and intermediate % BLOCK_K == 0
 
 
 def with_most_stages(*, limit: int = 16, **shape) -> MegaMoeConfig:

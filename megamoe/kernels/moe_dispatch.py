@@ -77,12 +77,12 @@ class ArenaDispatch:
         for what, got, limit, fix in (("experts per rank", num_local, threads("moe_route", dims) + 1, "use more ranks"),
                                       ("num_ranks * max_tokens * num_topk", num_entries, 2**31, "lower max_tokens_per_rank")):
             check(got < limit, "ArenaDispatch", what, f"below {limit}", got, fix)
-        self.dims, self.device, self.calls = dims, device, calls
+        self.dims, self.device, self.calls, self._is_one_pass = dims, device, calls, is_one_pass
         self.num_passes = 1 if is_one_pass else moe_sources.num_passes(dims)
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._kernels = {op: jit.build(op, (dims, is_one_pass), lambda op=op: moe_sources.source(op, dims, is_one_pass), op, device.index)
                          for op in (ROUTING_OPS if is_one_pass else OPS)}
-        self._inputs = {name: layout.view(name, own_bytes) for name in ("x", "x_sf", "topk_idx", "topk_weights")}
+        self._inputs = {name: layout.view(name, own_bytes) for name in ("x", "x_sf")}
         self._allocate(num_local, num_entries)
         self._passes = [] if is_one_pass else self._make_passes(layout, own_bytes)
         self._fill_params(Symm.of(rank, peer_ptrs))
@@ -90,20 +90,23 @@ class ArenaDispatch:
     def stage(self, x: torch.Tensor, x_sf: torch.Tensor | None, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Begin a call: put this rank's tokens and routing into its arena and publish them to every rank.
 
-        Tokens are folded to one exponent, which every byte of their x_sf then holds; those in the arena's own region change in place.
+        Tokens are folded to one exponent, which every byte of their x_sf then holds; those in the arena's own region change in place. For
+        mega_moe they may go there in thread order (formats/thread_order.py).
 
         Args:
             x: [T, H] bfloat16, which is quantised; or float8_e4m3fn with x_sf. Contiguous.
-            x_sf: [T, H/32] uint8, or None for bfloat16. What is the arena's own region already is not copied.
+            x_sf: [T, H/32] uint8, or None for bfloat16. What is the arena's own region already is not copied, but for mega_moe must not be.
             topk_idx: [T, K] int64; values outside [-1, E) count as -1 and are reported to `calls`.
             topk_weights: [T, K] float32.
 
         Raises:
-            ValueError: rows of x are not at multiples of 16 bytes.
+            ValueError: rows of x are not at multiples of 16 bytes, or are the arena's own in a call of mega_moe.
         Sync: stream-ordered. Every rank must come here.
         """
         num_tokens = topk_idx.shape[0]
         check(x.data_ptr() % 16 == 0, "moe_stage", "x", "at a multiple of 16 bytes", x.data_ptr() % 16, "copy it with .clone()")
+        is_own = x.data_ptr() == self._inputs["x"].data_ptr()
+        check(not (is_own and self._is_one_pass), "moe_stage", "x", "outside the arena", "the arena's x", "take FusedEngine.token_views")
         params = self._params["moe_stage"]
         params.x, params.x_sf = self._source(x, "x"), 0 if x_sf is None else self._source(x_sf, "x_sf")
         params.topk_idx, params.topk_weights = topk_idx.data_ptr(), topk_weights.data_ptr()

@@ -7,6 +7,7 @@ from megamoe.comm.device_calls import CallStateParams
 from megamoe.comm.protocol import ArenaDims, emit_struct, pack
 from megamoe.kernels import codegen
 from megamoe.kernels.launch import params_struct
+from megamoe.kernels.mega_moe_config import has_thread_order
 
 ROUTING_OPS = ("moe_stage", "moe_route", "moe_assign")
 OPS = (*ROUTING_OPS, "moe_pull", "moe_combine")
@@ -81,12 +82,13 @@ def num_chunks(dims: ArenaDims) -> int:
 
 
 def source(op: str, dims: ArenaDims, is_one_pass: bool = False) -> str:
-    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`; `is_one_pass`: all rows are one pass, however many."""
+    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`; `is_one_pass`: for mega_moe, all rows in one pass, however many."""
     passes = (1, num_entries(dims)) if is_one_pass else (num_passes(dims), dims.pool_rows)
     config = {"num_ranks": dims.num_ranks, "max_tokens": dims.max_tokens, "num_topk": dims.num_topk, "num_experts": dims.num_experts,
               "num_local_experts": dims.num_experts // dims.num_ranks, "hidden": dims.hidden, "num_passes": passes[0],
               "pool_rows": passes[1], "chunk_entries": CHUNK_ENTRIES, "num_chunks": num_chunks(dims),
-              "stage_threads": threads("moe_stage", dims)}
+              "stage_threads": threads("moe_stage", dims),
+              "thread_order": is_one_pass and has_thread_order(dims.hidden, dims.intermediate)}
     params, bounds = PARAMS[op].__name__, str(threads(op, dims))
     if op == "moe_stage":
         bounds += f", {blocks_per_sm(op, dims)}"

@@ -69,11 +69,11 @@ class MegaMoE(nn.Module):
 
     @property
     def inputs(self) -> InputViews:
-        """Arena views for producers that write a call's inputs in place. They may be written between calls, never during one.
+        """Views for producers that write a call's inputs in place. They may be written between calls, never during one.
 
-        Where kernels drive the call, unfused or fused, they fold tokens in place: all bytes of a token's x_sf become its one exponent."""
-        view = self.arena.view
-        return InputViews(view("x"), view("x_sf") if self.cfg.is_fp8 else None, view("topk_idx"), view("topk_weights"))
+        In the arena, but for x and x_sf of the fused engine, which stages tokens in another order. The unfused engine folds tokens in place: all
+        bytes of a token's x_sf become its one exponent."""
+        return InputViews(*self.engine.token_views(), self.arena.view("topk_idx"), self.arena.view("topk_weights"))
 
     def load_experts(self, gate_up, down, gate_up_bias=None, down_bias=None) -> None:
         """Hand over this rank's experts, in canonical order (all gate rows, then all up rows). Local, not collective.

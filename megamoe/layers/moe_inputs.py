@@ -15,7 +15,7 @@ OP = "MegaMoE"
 
 @dataclass(frozen=True)
 class InputViews:
-    """Views into the arena for producers that write there directly; pass slices of them to `forward` and nothing is copied."""
+    """Where producers write a call's inputs directly: pass slices of these to `forward`."""
 
     x: torch.Tensor  # [max_tokens_per_rank, H] E4M3 codes, BF16 or FP32 by precision
     x_sf: torch.Tensor | None  # [max_tokens_per_rank, H/32] uint8 UE8M0, fp8 precisions only

@@ -30,14 +30,19 @@ def config_for(model: Model, candidate: Candidate) -> MegaMoeConfig:
                             has_down_bias=model.has_bias, hidden=model.dims.hidden, intermediate=model.dims.intermediate)
 
 
+# Layers whose H and I are multiples of 128 are computed in thread order, the others in natural order.
 ONE = Model(dims=dims(1, 1, 1, 128, 64))
+ONE_IN_BLOCKS = Model(dims=dims(1, 1, 1, 256, 128))
 FEW = Model(dims=dims(1, 3, 2, 256, 96), has_bias=True)
 PAIR = Model(dims=dims(2, 6, 3, 256, 160), limit=2.0)
 # Partial row blocks and K tails for every number of warpgroups: 2I = H = 320 is five row blocks, H three blocks of K, I = 160 two.
 # The limit keeps one channel of few from being the whole row: without it, a single code that rounds the other way is up to 9.4 % of a
 # token.
 TILED = Model(dims=dims(2, 32, 1, 320, 160, max_tokens=2048, pool_rows=8192), limit=1.0)
+# The same in thread order: ten row blocks of linear 2, tails of one and three blocks of K.
+TILED_IN_BLOCKS = Model(dims=dims(2, 32, 1, 640, 384, max_tokens=2048, pool_rows=8192), limit=1.0)
 EDGE = Model(dims=dims(3, 12, 3, 96, 64, max_tokens=70), limit=10.0)
+EDGE_IN_BLOCKS = Model(dims=dims(3, 12, 3, 128, 128, max_tokens=70), limit=10.0)
 POOLS = tuple(Model(dims=dims(2, 6, 4, 160, 96, pool_rows=rows)) for rows in (64, 128, 256))
 GPT_OSS = {"has_bias": True, "limit": 7.0, "alpha": 1.702, "up_bias": 1.0}
 # Widths, K and gates of models with few experts: model, candidate, tokens of each rank.
@@ -58,10 +63,15 @@ RANDOM = (
     (Model(dims=dims(2, 2, 6, 256, 1056)), CANDIDATES[3, 104]),
     (Model(dims=dims(1, 256, 8, 128, 32)), CANDIDATES[2, 160]),
     (Model(dims=dims(4, 8, 1, 192, 128), has_bias=True), CANDIDATES[2, 176]),
+    (Model(dims=dims(2, 8, 3, 768, 640), has_bias=True, limit=1.0), CANDIDATES[2, 176]),
+    (Model(dims=dims(3, 12, 5, 512, 128)), CANDIDATES[3, 88]),
+    (Model(dims=dims(1, 32, 2, 128, 1152)), CANDIDATES[4, 32]),
 )
 BIG = Model(dims=dims(1, 96, 6, 7168, 3072, max_tokens=64, pool_rows=1024), limit=10.0)  # 3.4 GB of weights
-CASES = ([(model, SMALL) for model in (FEW, PAIR, EDGE, BIG, *POOLS)] + [(model, SMALL_CLUSTERS) for model in (EDGE, *POOLS)]
-         + [(TILED, candidate) for candidate in CANDIDATES.values()] + [case[:2] for case in WIDTHS.values()] + list(RANDOM))
+CASES = ([(model, SMALL) for model in (FEW, PAIR, EDGE, EDGE_IN_BLOCKS, BIG, *POOLS)]
+         + [(model, SMALL_CLUSTERS) for model in (EDGE, EDGE_IN_BLOCKS, *POOLS)]
+         + [(model, candidate) for model in (TILED, TILED_IN_BLOCKS) for candidate in CANDIDATES.values()]
+         + [case[:2] for case in WIDTHS.values()] + list(RANDOM))
 
 
 def sources_of(model: Model, candidate: Candidate) -> list[tuple[str, str]]:

@@ -122,7 +122,8 @@ class MegaRanks:
         weights, model = self.model.experts(), self.model
         mine = slice(rank * model.num_local_experts, (rank + 1) * model.num_local_experts)
         biases = (None if bias is None else bias[mine] for bias in (weights.gate_up_bias, weights.down_bias))
-        packed = PackedExperts.pack(ExpertWeights(weights.gate_up[mine], weights.down[mine], *biases), self.device)
+        mine = ExpertWeights(weights.gate_up[mine], weights.down[mine], *biases)
+        packed = PackedExperts.pack(mine, self.device, self.config.thread_order)
         return packed.for_mega_moe({"limit": math.inf if model.limit is None else model.limit,
                                     "alpha": 1.0 if model.alpha is None else model.alpha, "up_bias": model.up_bias})
 

@@ -16,7 +16,7 @@ from megamoe.kernels.fp4_gemm_config import with_most_stages
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
 
-from mega_cases import CANDIDATES, EDGE, FEW, PAIR, SMALL_CLUSTERS, config_for, inputs_of  # noqa: E402
+from mega_cases import CANDIDATES, EDGE_IN_BLOCKS, FEW, PAIR, SMALL_CLUSTERS, config_for, inputs_of  # noqa: E402
 from mega_ranks import MegaRanks, Ring  # noqa: E402
 from moe_ranks import DIMS, VirtualRanks, make_inputs  # noqa: E402
 
@@ -112,8 +112,8 @@ def run_dispatch() -> None:
 def run_mega() -> None:
     """Few blocks, since instrumented ones are slow; rings that wrap, a bias, tokens that are few, none or skipped."""
     for model, candidate, tokens in ((FEW, CANDIDATES[2, 32], (9,)), (PAIR, CANDIDATES[2, 32], (40, 3)),
-                                     (PAIR, CANDIDATES[3, 64], (128, 90)), (EDGE, CANDIDATES[4, 32], (70, 0, 1)),
-                                     (EDGE, SMALL_CLUSTERS, (70, 0, 9))):
+                                     (PAIR, CANDIDATES[3, 64], (128, 90)), (EDGE_IN_BLOCKS, CANDIDATES[4, 32], (70, 0, 1)),
+                                     (EDGE_IN_BLOCKS, SMALL_CLUSTERS, (70, 0, 9))):
         ranks = MegaRanks(model, config_for(model, candidate), timeout_s=100.0, num_blocks=4)
         for seed, ring in enumerate((ranks.ring, Ring(1, 1, 0), Ring(5, 2, 2))):
             ranks.ring = ring

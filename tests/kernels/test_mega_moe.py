@@ -13,24 +13,29 @@ from mega_cases import (
     BIG,
     CANDIDATES,
     EDGE,
+    EDGE_IN_BLOCKS,
     FEW,
     ONE,
+    ONE_IN_BLOCKS,
     PAIR,
     POOLS,
     RANDOM,
     SMALL,
     SMALL_CLUSTERS,
     TILED,
+    TILED_IN_BLOCKS,
     WIDTHS,
     compile_all,
     config_for,
     inputs_of,
     ranks_of,
 )
-from mega_ranks import MegaRanks, Ring, bits, inputs_with_counts, make_inputs, oracle
+from mega_ranks import MegaRanks, Model, Ring, bits, inputs_with_counts, make_inputs, oracle
 from moe_ranks import canonical
 
 from megamoe.formats import QuantizedTokens, quantize_tokens
+from megamoe.formats.thread_order import from_thread_order
+from megamoe.kernels.mega_moe_config import has_thread_order
 from megamoe.reference.fold_tokens import fold_tokens as fold_twin
 from megamoe.reference.grouped_gemm_swiglu import grouped_gemm_swiglu as swiglu_twin
 from megamoe.testing.compare import error_report, relative_error
@@ -43,33 +48,43 @@ def compiled() -> None:
     compile_all()
 
 
-def test_one_tile_step_by_step():
+def in_natural_order(codes: torch.Tensor, model: Model) -> torch.Tensor:
+    """The bytes of rows in the arena of a call, [R, K] uint8."""
+    if has_thread_order(model.dims.hidden, model.dims.intermediate):
+        codes = from_thread_order(codes.view(torch.int32))
+    return codes.view(torch.uint8)
+
+
+@pytest.mark.parametrize("model", (ONE, ONE_IN_BLOCKS), ids=("natural order", "thread order"))
+def test_one_tile_step_by_step(model):
     """One rank, one expert, five tokens: what each role leaves behind, in the order of the roles."""
-    ranks, given = ranks_of(ONE, SMALL), make_inputs(ONE, 5, 0, experts=(0,))
+    ranks, given = ranks_of(model, SMALL), make_inputs(model, 5, 0, experts=(0,))
     y, = ranks.call([given])
     ranks.assert_clean()
     mega, view = ranks.megas[0], functools.partial(ranks.arenas.view, 0)
     tokens = fold_twin(quantize_tokens(given.x.cpu(), 32))
-    assert torch.equal(canonical(view("pool_x")[:5].view(torch.uint8).cpu()), canonical(tokens.codes.view(torch.uint8))), "pull: codes"
+    assert torch.equal(canonical(in_natural_order(view("pool_x")[:5], model).cpu()), canonical(tokens.codes.view(torch.uint8))), "pull: codes"
     assert view("pool_x_sf").flatten()[:5].tolist() == tokens.sf.flatten().tolist(), "pull: exponents"
     assert mega._row_weight[:5].tolist() == given.topk_weights.flatten().tolist(), "pull: weights"
-    first, row_bytes = view("partials").data_ptr(), 2 * ONE.dims.hidden
+    first, row_bytes = view("partials").data_ptr(), 2 * model.dims.hidden
     assert mega._row_dst[:5].tolist() == [first + row_bytes * token for token in range(5)], "pull: destinations"
-    weights = ONE.experts()
+    weights = model.experts()
     on_gpu = QuantizedTokens(tokens.codes.cuda(), tokens.sf.cuda(), "token")
     expert_idx = torch.zeros(5, dtype=torch.int32, device="cuda")
     twin = fold_twin(swiglu_twin(on_gpu, weights.gate_up, expert_idx=expert_idx, row_weight=given.topk_weights.flatten()))
     assert mega._act_row_sf[:5].tolist() == twin.sf.flatten().tolist(), "fold: exponents"
-    act = QuantizedTokens(view("pool_a")[:5], mega._act_row_sf[:5, None], "token").dequantize()
+    act_codes = in_natural_order(view("pool_a")[:5], model).view(torch.float8_e4m3fn)
+    act = QuantizedTokens(act_codes, mega._act_row_sf[:5, None], "token").dequantize()
     assert relative_error(act, twin.dequantize()) < 0.05, "linear 1 and fold"
-    expected = oracle(ONE, given)
+    expected = oracle(model, given)
     assert error_report(view("partials")[:5, 0], expected).max < 0.05, "linear 2 and its way back"
     ranks.judge([given], [y], "combine")
 
 
 @pytest.mark.parametrize("num_tokens", (1, 8, 9, 33, 128))
-def test_one_expert(num_tokens):
-    ranks_of(ONE, SMALL).run(inputs_of(ONE, (num_tokens,), num_tokens))
+@pytest.mark.parametrize("model", (ONE, ONE_IN_BLOCKS), ids=("natural order", "thread order"))
+def test_one_expert(model, num_tokens):
+    ranks_of(model, SMALL).run(inputs_of(model, (num_tokens,), num_tokens))
 
 
 @pytest.mark.parametrize("num_tokens", (1, 2, 20, 128))
@@ -103,15 +118,16 @@ def counts_for(tiles: tuple[int, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES.values(), ids=str)
-def test_every_token_tile_size(compiled, candidate):
+@pytest.mark.parametrize("model", (TILED, TILED_IN_BLOCKS), ids=("natural order", "thread order"))
+def test_every_token_tile_size(compiled, model, candidate):
     tiles = candidate.token_tiles
     counts = counts_for(tiles)
     assert {tile_of(tiles, count) for count in counts if count} == set(tiles), "every size"
-    ranks = MegaRanks(TILED, config_for(TILED, candidate))
+    ranks = MegaRanks(model, config_for(model, candidate))
     for seed in range(2):
-        shuffled = counts + [0] * (TILED.dims.num_experts - len(counts))
+        shuffled = counts + [0] * (model.dims.num_experts - len(counts))
         random.Random(seed).shuffle(shuffled)
-        ranks.run(inputs_with_counts(TILED, shuffled, seed), (candidate, shuffled))
+        ranks.run(inputs_with_counts(model, shuffled, seed), (candidate, shuffled))
 
 
 @pytest.mark.parametrize("candidate", (SMALL, SMALL_CLUSTERS), ids=str)
@@ -124,10 +140,10 @@ def test_a_small_pool_is_used_many_times(compiled, model, candidate):
         ranks.run(inputs_of(model, (128, 100), seed, experts), (ranks.ring, experts))
 
 
-@pytest.mark.parametrize("candidate", (SMALL, SMALL_CLUSTERS), ids=str)
-def test_the_order_of_the_work_does_not_change_a_bit(compiled, candidate):
-    ranks = ranks_of(EDGE, candidate)
-    inputs = inputs_of(EDGE, (70, 33, 70))
+@pytest.mark.parametrize("model, candidate", ((EDGE, SMALL), (EDGE_IN_BLOCKS, SMALL_CLUSTERS)), ids=str)
+def test_the_order_of_the_work_does_not_change_a_bit(compiled, model, candidate):
+    ranks = ranks_of(model, candidate)
+    inputs = inputs_of(model, (70, 33, 70))
     expected = ranks.run(inputs)
     chosen = ranks.ring
     try:
@@ -145,16 +161,17 @@ def test_the_order_of_the_work_does_not_change_a_bit(compiled, candidate):
 
 @pytest.mark.parametrize("experts", (None, (7,), (-1,), (0, 1, 2, 3), (0, 5, 11), (8, -1, 9)), ids=str)
 @pytest.mark.parametrize("tokens", ((0, 0, 0), (70, 0, 0), (0, 0, 1), (1, 1, 1), (70, 70, 70), (13, 70, 5)), ids=str)
-@pytest.mark.parametrize("candidate", (SMALL, SMALL_CLUSTERS), ids=str)
-def test_edges(compiled, candidate, tokens, experts):
-    ranks_of(EDGE, candidate).run(inputs_of(EDGE, tokens, 1, experts))
+@pytest.mark.parametrize("model, candidate", ((EDGE, SMALL), (EDGE, SMALL_CLUSTERS), (EDGE_IN_BLOCKS, SMALL_CLUSTERS)), ids=str)
+def test_edges(compiled, model, candidate, tokens, experts):
+    ranks_of(model, candidate).run(inputs_of(model, tokens, 1, experts))
 
 
-def test_clusters_change_no_bit(compiled):
+@pytest.mark.parametrize("model", (EDGE, EDGE_IN_BLOCKS), ids=("natural order", "thread order"))
+def test_clusters_change_no_bit(compiled, model):
     """They share copies, not sums."""
-    inputs = inputs_of(EDGE, (70, 33, 70))
-    alone = MegaRanks(EDGE, config_for(EDGE, SMALL_CLUSTERS._replace(cluster_blocks=1)))
-    for y, due in zip(ranks_of(EDGE, SMALL_CLUSTERS).run(inputs), alone.run(inputs)):
+    inputs = inputs_of(model, (70, 33, 70))
+    alone = MegaRanks(model, config_for(model, SMALL_CLUSTERS._replace(cluster_blocks=1)))
+    for y, due in zip(ranks_of(model, SMALL_CLUSTERS).run(inputs), alone.run(inputs)):
         assert torch.equal(bits(y), bits(due))
 
 
@@ -189,7 +206,7 @@ def test_indices_out_of_range_are_skipped_and_told(compiled):
 
 @pytest.mark.parametrize("model, candidate", RANDOM)
 def test_random_calls(compiled, model, candidate):
-    """Tokens, routing and ring change with every call: 210 in all."""
+    """Tokens, routing and ring change with every call: 300 in all."""
     ranks, rng = MegaRanks(model, config_for(model, candidate)), random.Random(model.dims.hidden)
     for trial in range(30):
         most = rng.choice((1, 4, 40, model.dims.max_tokens))

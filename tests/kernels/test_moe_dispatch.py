@@ -8,6 +8,7 @@ import torch
 from moe_ranks import DIMS, VirtualRanks, assert_call, canonical, make_inputs, run_and_check
 
 from megamoe.formats import quantize_tokens
+from megamoe.formats.thread_order import to_thread_order
 from megamoe.reference.fold_tokens import fold_tokens as fold_twin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90 or later")
@@ -44,12 +45,15 @@ def test_no_tokens_anywhere():
     run_and_check(VirtualRanks(DIMS), [make_inputs(DIMS, 0, 0)] * DIMS.num_ranks)
 
 
-def assert_staged(ranks: VirtualRanks, tokens) -> None:
+def assert_staged(ranks: VirtualRanks, tokens, thread_order: bool = False) -> None:
     """Rank 0's arena holds the folded `tokens` (group 32), their exponent in every byte of x_sf, and nothing past them."""
     expected, n = fold_twin(tokens), len(tokens.codes)
     x, x_sf = ranks.view(0, "x").view(torch.uint8).cpu(), ranks.view(0, "x_sf").cpu()
     assert torch.equal(x_sf[:n], expected.sf.expand(-1, x_sf.shape[1]))
-    assert torch.equal(canonical(x[:n]), canonical(expected.codes.view(torch.uint8)))
+    codes = expected.codes.view(torch.uint8)
+    if thread_order:
+        codes = to_thread_order(codes.view(torch.int32)).view(torch.uint8)
+    assert torch.equal(canonical(x[:n]), canonical(codes))
     assert (x[n:] == 0xFF).all() and (x_sf[n:] == 0xFF).all(), "nothing past T"
 
 
@@ -69,6 +73,27 @@ def test_staged_tokens_equal_quantize_and_fold(hidden, num_tokens):
     assert torch.equal(ranks.view(0, "topk_idx")[:num_tokens].cpu(), given.topk_idx)
     assert torch.equal(ranks.view(0, "topk_weights")[:num_tokens].cpu(), given.topk_weights)
     assert int(ranks.view(0, "num_tokens")) == num_tokens
+
+
+@pytest.mark.parametrize("is_quantized", (False, True))
+@pytest.mark.parametrize("hidden, num_tokens", ((128, 9), (640, 61), (4096, 61), (16384, 9), (7168, 1700)))
+def test_tokens_for_mega_moe_are_staged_in_thread_order(hidden, num_tokens, is_quantized):
+    dims = replace(DIMS, num_ranks=1, hidden=hidden, intermediate=256, max_tokens=num_tokens + 3, pool_rows=16384)
+    ranks, given = VirtualRanks(dims, is_one_pass=True), make_inputs(dims, num_tokens, 3)
+    given.x[1, 5], given.x[2, 10] = torch.nan, torch.inf
+    tokens = quantize_tokens(given.x, 32)
+    if is_quantized:
+        ranks.ranks[0].stage(tokens.codes.cuda(), tokens.sf.cuda(), given.topk_idx.cuda(), given.topk_weights.cuda())
+    else:
+        ranks.stage(0, given)
+    assert_staged(ranks, tokens, thread_order=True)
+
+
+def test_tokens_for_mega_moe_must_not_lie_where_they_are_staged():
+    ranks, given = VirtualRanks(replace(DIMS, num_ranks=1), is_one_pass=True), make_inputs(DIMS, 4, 0)
+    message = "moe_stage: x must be outside the arena, got the arena's x; take FusedEngine.token_views"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ranks.ranks[0].stage(ranks.view(0, "x")[:4], ranks.view(0, "x_sf")[:4], given.topk_idx.cuda(), given.topk_weights.cuda())
 
 
 @pytest.mark.parametrize("num_tokens, hidden", ((33, 96), (1700, 7168)))

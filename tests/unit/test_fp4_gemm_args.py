@@ -169,6 +169,7 @@ ERRORS = [
     (dict(config=with_most_stages(num_math_warpgroups=2, token_tiles=(16,), max_groups=2)),
      "config.max_groups must be at least 3, got 2; round G up to a power of two"),
     (dict(config=SWIGLU), "weight.interleaved must be True, got False; pack the weight for this epilogue"),
+    (dict(weight=replace(W3, thread_order=True)), "weight.thread_order must be False, got True; pack the weight in natural order"),
     (dict(weight=weight(3, n=130)), "N must be a multiple of 32, got 130; pad the weight with zeros"),
     (dict(weight=weight(3, k=128)), "codes.shape must be [30, 128], got [30, 160]; sizes must agree with the weight and the tokens"),
     (dict(sf=GOOD["sf"][:7]), "sf.shape must be [30], got [7]; sizes must agree with the weight and the tokens"),

@@ -1,6 +1,7 @@
 """The fused engine without a GPU: what it hands to its kernels and in which order, with stand-ins for these."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from megamoe import MoEConfig
 from megamoe.comm.protocol import ArenaDims
 from megamoe.engines import fused
-from megamoe.formats import ExpertWeights
+from megamoe.formats import ExpertWeights, quantize_fp4
 from megamoe.kernels.tuning.moe_shape import token_bucket
 
 CFG = MoEConfig(hidden=64, intermediate=32, num_experts=4, num_topk=2, max_tokens_per_rank=16, swiglu_alpha=1.702, swiglu_up_bias=1.0)
@@ -64,6 +65,10 @@ def weights(seed: int = 0, has_bias: bool = True) -> ExpertWeights:
     return ExpertWeights(torch.randn(2, 64, 64, generator=g), torch.randn(2, 64, 32, generator=g), *biases)
 
 
+def quantize_experts(hidden: int, intermediate: int) -> ExpertWeights:
+    return ExpertWeights(quantize_fp4(torch.randn(2, 2 * intermediate, hidden)), quantize_fp4(torch.randn(2, hidden, intermediate)), None, None)
+
+
 def test_a_call(events):
     arena = FakeArena(events)
     engine = fused.FusedEngine(CFG, arena)
@@ -97,6 +102,28 @@ def test_weights_go_ahead_of_the_routing_from_two_rows_per_expert_on(events, num
         assert ahead.data_ptr() == engine._packed.gate_up.blocks.data_ptr() and ahead.nbytes == engine._packed.gate_up.blocks.nbytes
     else:
         assert ahead is None
+
+
+@pytest.mark.parametrize("hidden, intermediate, thread_order", ((128, 256, True), (128, 96, False), (64, 128, False)))
+def test_whole_blocks_of_k_go_in_thread_order(events, hidden, intermediate, thread_order):
+    cfg = replace(CFG, hidden=hidden, intermediate=intermediate)
+    engine, given = fused.FusedEngine(cfg, FakeArena(events)), quantize_experts(hidden, intermediate)
+    engine.load(given)
+    (_, configs), = events
+    experts = engine._experts
+    assert {config.thread_order for config in configs} == {experts.gate_up.thread_order} == {experts.down.thread_order} == {thread_order}
+    back = engine.weights()
+    assert torch.equal(back.gate_up.codes, given.gate_up.codes) and torch.equal(back.down.codes, given.down.codes)
+
+
+def test_producers_write_tokens_beside_the_arena(events):
+    """One pair for all its layers, made when asked for."""
+    arena = FakeArena(events)
+    first, second = (fused.FusedEngine(CFG, arena) for _ in range(2))
+    assert "fused token views" not in arena.made
+    x, x_sf = first.token_views()
+    assert (x.shape, x.dtype, x_sf.shape, x_sf.dtype) == ((16, 64), torch.float8_e4m3fn, (16, 2), torch.uint8)
+    assert second.token_views()[0] is x
 
 
 def test_layers_share_the_kernels_of_an_arena(events):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megamoe.errors import FormatError
 from megamoe.formats import FP4Weight, e2m1, gate_up, layout_sm90, quantize_fp4
 from megamoe.formats.fp4_weight import ZERO_GROUP_SCALE
+from megamoe.formats.thread_order import from_thread_order, to_thread_order
 
 EXPONENTS = range(1, 28)
 
@@ -68,26 +69,35 @@ def test_the_window_is_as_wide_as_the_lookup_table_allows():
         assert np.concatenate([lo, hi]).view(np.uint8).tolist() != values.astype(ml_dtypes.float8_e5m2).view(np.uint8).tolist()
 
 
-def naive_unit(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+def channel_of(column: int, thread_order: bool) -> int:
+    """The channel of a 128-block that the main loop multiplies as `column`."""
+    step, k_half, thread, i = column // 32, column // 16 % 2, column // 4 % 4, column % 4
+    return 32 * thread + 8 * step + 4 * k_half + i if thread_order else column
+
+
+def naive_unit(codes: np.ndarray, exponents: np.ndarray, thread_order: bool) -> np.ndarray:
     """One storage unit, element by element: codes [64, 128], exponents [64, 4] -> [4352] bytes."""
     words, tail = [0] * 1024, [0] * 256
-    for row, k in np.ndindex(64, 128):
+    for row, column in np.ndindex(64, 128):
         warp, row_half, group = row // 16, row // 8 % 2, row % 8
-        step, k_half, thread, i = k // 32, k // 16 % 2, k // 4 % 4, k % 4
+        step, k_half, thread, i = column // 32, column // 16 % 2, column // 4 % 4, column % 4
         lane = 32 * warp + 4 * group + thread
         word = (step // 2) * 512 + lane * 4 + (step % 2) * 2 + row_half
-        code = int(codes[row, k])
+        channel = channel_of(column, thread_order)
+        code = int(codes[row, channel])
         words[word] |= (code & 7) << (16 * k_half + 4 * i)
         words[word] |= (code >> 3) << (8 * i + (3 if k_half else 7))
-        tail[64 * warp + 8 * group + 4 * row_half + step] = int(exponents[row, step])
+        place = 2 * thread + row_half if thread_order else 4 * row_half + step
+        tail[64 * warp + 8 * group + place] = int(exponents[row, channel // 32])
     return np.concatenate([np.array(words, dtype="<u4").view(np.uint8), np.array(tail, dtype=np.uint8)])
 
 
+@pytest.mark.parametrize("thread_order", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_pack_matches_naive_loop(interleaved):
+def test_pack_matches_naive_loop(interleaved, thread_order):
     n, k = 128, 256
     weight = random_weight(1, n, k, seed=21)
-    packed = layout_sm90.pack(weight, interleaved)
+    packed = layout_sm90.pack(weight, interleaved, thread_order)
     rows = kernel_rows(n, interleaved)
     codes, scales = e2m1.unpack(weight.codes)[0, rows].numpy(), weight.scales[0, rows].int().numpy()
     is_zero = (codes & 7).reshape(n, k // 32, 32).max(-1) == 0
@@ -96,7 +106,7 @@ def test_pack_matches_naive_loop(interleaved):
     assert packed.row_base[0].tolist() == base.tolist()
     for row_block, k_block in np.ndindex(2, 2):
         here = slice(64 * row_block, 64 * row_block + 64)
-        expected = naive_unit(codes[here, 128 * k_block : 128 * k_block + 128], exponents[here, 4 * k_block : 4 * k_block + 4])
+        expected = naive_unit(codes[here, 128 * k_block : 128 * k_block + 128], exponents[here, 4 * k_block : 4 * k_block + 4], thread_order)
         np.testing.assert_array_equal(packed.blocks[0, row_block, k_block].numpy(), expected)
 
 
@@ -110,14 +120,16 @@ def byte_permute(lo: np.ndarray, hi: np.ndarray, selector: np.ndarray) -> np.nda
     return result
 
 
-def main_loop_values(unit: np.ndarray) -> np.ndarray:
-    """What the tensor cores see of one unit: each lane's loads, lookups and A registers -> E5M2 values [64, 128]."""
+def main_loop_values(unit: np.ndarray, thread_order: bool) -> np.ndarray:
+    """What the tensor cores see of one unit: each lane's loads, lookups and A registers -> E5M2 values [64, 128] in order of channels."""
     words = unit[:4096].view("<u4").reshape(2, 128, 4)  # two 16-byte loads per lane
     values = np.full((64, 128), np.nan, dtype=np.float32)
     for lane_idx in range(128):
         warp, group, thread = lane_idx // 32, lane_idx % 32 // 4, lane_idx % 4
         lane_words = words[:, lane_idx].reshape(8)
-        exponents = unit[4096 + warp * 64 + group * 8 :][:8].reshape(2, 4)
+        exponents = unit[4096 + warp * 64 + group * 8 :][:8].reshape(2, 4)  # of both rows, for each step
+        if thread_order:
+            exponents = unit[4096 + 2 * lane_idx :][:2, None].repeat(4, 1)
         for step, row_half in np.ndindex(4, 2):
             word = lane_words[2 * step + row_half][None]
             lo, hi = lookup_tables(exponents[row_half, step][None])
@@ -125,27 +137,42 @@ def main_loop_values(unit: np.ndarray) -> np.ndarray:
             registers = (byte_permute(lo, hi, magnitudes) | word & sign_mask,
                          byte_permute(lo, hi, magnitudes >> np.uint32(16)) | word << np.uint32(4) & sign_mask)
             for k_half, register in enumerate(registers):
-                column = 32 * step + 16 * k_half + 4 * thread
+                column = channel_of(32 * step + 16 * k_half + 4 * thread, thread_order)
                 decoded = register.view(np.uint8).view(ml_dtypes.float8_e5m2).astype(np.float32)
                 values[16 * warp + 8 * row_half + group, column : column + 4] = decoded
     return values
 
 
+@pytest.mark.parametrize("thread_order", [False, True])
 @pytest.mark.parametrize("interleaved, n, k", [(False, 64, 128), (True, 64, 160), (False, 40, 96)])
-def test_main_loop_decodes_the_weights(interleaved, n, k):
+def test_main_loop_decodes_the_weights(interleaved, n, k, thread_order):
     weight = random_weight(1, n, k, seed=n + k)
-    packed = layout_sm90.pack(weight, interleaved)
-    decoded = np.concatenate([main_loop_values(unit) for unit in packed.blocks[0, 0].numpy()], axis=1)
+    packed = layout_sm90.pack(weight, interleaved, thread_order)
+    decoded = np.concatenate([main_loop_values(unit, thread_order) for unit in packed.blocks[0, 0].numpy()], axis=1)
     scaled = decoded.astype(np.float64) * np.exp2(packed.row_base[0].double().numpy() - 114)[:, None]
     np.testing.assert_array_equal(scaled[:n, :k], weight.dequantize()[0].double().numpy()[kernel_rows(n, interleaved)])
     assert not scaled[n:].any() and not scaled[:, k:].any()  # padding is zero weights
 
 
+@pytest.mark.parametrize("columns", range(1, 129, 9))
+def test_tokens_in_thread_order_meet_the_weights_of_their_channels(columns):
+    """A product of one channel: what the main loop multiplies as a column is that channel of both."""
+    channels = torch.arange(256, dtype=torch.int16).view(-1, 4)  # words
+    tokens = to_thread_order(channels[:, 0] // 4)
+    assert tokens[columns // 4] == channel_of(columns, True) // 4 and tokens[32 + columns // 4] == 32 + channel_of(columns, True) // 4
+
+
+def test_from_thread_order_is_the_inverse():
+    words = torch.randint(0, 2**31, (3, 5, 96), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(from_thread_order(to_thread_order(words)), words) and not torch.equal(to_thread_order(words), words)
+
+
+@pytest.mark.parametrize("thread_order", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("e, n, k", [(1, 16, 32), (3, 64, 128), (2, 192, 288), (2, 80, 416)])
-def test_unpack_is_the_inverse(interleaved, e, n, k):
+def test_unpack_is_the_inverse(interleaved, e, n, k, thread_order):
     weight = random_weight(e, n, k, seed=e * n + k)
-    packed = layout_sm90.pack(weight, interleaved)
+    packed = layout_sm90.pack(weight, interleaved, thread_order)
     assert packed.blocks.shape == (e, -(-n // 64), -(-k // 128), 4352)
     assert packed.row_base.shape == (e, -(-n // 64) * 64)
     restored = packed.to("cpu").unpack()
@@ -156,10 +183,10 @@ def test_unpack_is_the_inverse(interleaved, e, n, k):
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(e=st.integers(1, 2), n=st.integers(1, 9).map(lambda x: 16 * x), k=st.integers(1, 9).map(lambda x: 32 * x),
-       interleaved=st.booleans(), seed=st.integers(0, 2**31), zero_groups=st.sampled_from([0.0, 0.5, 1.0]))
-def test_unpack_is_the_inverse_of_any_shape(e, n, k, interleaved, seed, zero_groups):
+       interleaved=st.booleans(), thread_order=st.booleans(), seed=st.integers(0, 2**31), zero_groups=st.sampled_from([0.0, 0.5, 1.0]))
+def test_unpack_is_the_inverse_of_any_shape(e, n, k, interleaved, thread_order, seed, zero_groups):
     weight = random_weight(e, n, k, seed, zero_groups)
-    packed = layout_sm90.pack(weight, interleaved)
+    packed = layout_sm90.pack(weight, interleaved, thread_order)
     exponents = packed.blocks[..., 4096:]
     assert exponents.min() >= 1 and exponents.max() <= 27
     restored = packed.unpack()

@@ -195,6 +195,13 @@ def test_a_call_sets_only_what_is_its_own(monkeypatch):
     assert moved is not first and moved.linear[1].grouping.offsets == rank.routed.offsets.data_ptr()
 
 
+def test_experts_in_another_order_are_refused(monkeypatch):
+    rank = Rank(monkeypatch)
+    rank.experts = replace(rank.experts, down=replace(rank.experts.down, thread_order=True))
+    with pytest.raises(ValueError, match=r"^mega_moe: down\.thread_order must be False, got True; pack it as has_thread_order says$"):
+        rank.params()
+
+
 def test_experts_are_not_kept_alive(monkeypatch):
     rank = Rank(monkeypatch)
     rank.params()

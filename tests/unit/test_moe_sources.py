@@ -36,6 +36,13 @@ def test_only_moe_stage_asks_for_blocks_on_an_sm():
         assert re.search(rf"__launch_bounds__\({moe_sources.threads(op, dims(96))}\) {op}\(", text)
 
 
+@pytest.mark.parametrize("hidden, intermediate, is_one_pass, expected", (
+    (256, 128, True, "true"), (256, 128, False, "false"), (96, 128, True, "false"), (256, 96, True, "false"), (7168, 3072, True, "true")))
+def test_tokens_are_staged_in_thread_order_for_mega_moe_alone(hidden, intermediate, is_one_pass, expected):
+    text = moe_sources.source("moe_stage", replace(dims(hidden), intermediate=intermediate), is_one_pass)
+    assert f"kThreadOrder = {expected};" in text
+
+
 def test_one_pass_holds_all_entries():
     assert moe_sources.num_passes(dims(96)) == 1
     skewed = replace(dims(96), pool_rows=64)

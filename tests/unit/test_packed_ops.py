@@ -173,6 +173,7 @@ def test_grouped_fp4_linear_packed_with_bias(grouping, groups):
 
 X, FP4 = randn(5, 64, seed=23), quantize_fp4(randn(3, 64, 64, seed=24))
 PLAIN, INTERLEAVED = layout_sm90.pack(FP4, False), layout_sm90.pack(FP4, True)
+THREAD_ORDER = layout_sm90.pack(FP4, False, thread_order=True)
 ODD = layout_sm90.pack(quantize_fp4(randn(3, 130, 64, seed=25)), False)
 ERRORS = [
     (gemm, dict(w=PLAIN), "gemm: w.shape must be [N, K=64], got [3, 64, 64]; sizes of one letter must agree"),
@@ -182,6 +183,8 @@ ERRORS = [
      "grouped_gemm: out.dtype must be torch.bfloat16, got torch.float32; convert it with .to(torch.bfloat16)"),
     (grouped_gemm, dict(w=INTERLEAVED),
      "grouped_gemm: w.interleaved must be False, got True; pack it with interleave_gate_up=False"),
+    (grouped_gemm, dict(w=THREAD_ORDER), "grouped_gemm: w.thread_order must be False, got True; pack it with thread_order=False, the order of "
+     "the tokens"),
     (grouped_gemm, dict(w=ODD), "grouped_gemm: w.shape[-2] must be a multiple of 32, got 130; pad the weight with zeros before packing it"),
     (grouped_gemm, dict(w=PLAIN, rows_hint=-1), "grouped_gemm: rows_hint must be at least 0, got -1; pass the expected rows per group"),
     (grouped_gemm, dict(w=PLAIN, expert_idx=INDEX + 1), "grouped_gemm: expert_idx[2] must be in [-1, 2], got 3; -1 marks a padding row"),

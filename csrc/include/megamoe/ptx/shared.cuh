@@ -32,6 +32,13 @@ MEGAMOE_DEVICE uint32 ld_shared_32(uint32 address) {
   return v;
 }
 
+// Of 16 bits.
+MEGAMOE_DEVICE uint32 ld_shared_16(uint32 address) {
+  uint32 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
 MEGAMOE_DEVICE float ld_shared_float(uint32 address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));

@@ -25,16 +25,17 @@ MEGAMOE_DEVICE void multiply(float (&sums)[kTokens / 2], const sm90::WeightFragm
 // One warpgroup's view of the ring: the stage it multiplies next and, where it loads ahead, the one it takes weights from next.
 template <class Config>
 struct StageReader {
+  using PackedWeights = sm90::PackedFragment<Config::kThreadOrder>;
   StagePipeline<Config> pipe, ahead;
   uint32 base, warpgroup, thread;
 
   MEGAMOE_DEVICE uint32 stage() const { return base + pipe.stage * SmemPlan<Config>::kStageBytes; }
   // Whether load would return at once. For the whole warp, which may see the barrier change in between.
   MEGAMOE_DEVICE bool is_ready() const { return __all_sync(~0u, (Config::kLoadsAhead ? ahead : pipe).is_full()); }
-  MEGAMOE_DEVICE void load(sm90::PackedFragment& packed) {
+  MEGAMOE_DEVICE void load(PackedWeights& packed) {
     const auto& from = Config::kLoadsAhead ? ahead : pipe;
     from.wait_full();
-    sm90::load_packed(base + from.stage * SmemPlan<Config>::kStageBytes + warpgroup * sm90::WeightUnit::kBytes, thread, packed);
+    packed.load(base + from.stage * SmemPlan<Config>::kStageBytes + warpgroup * sm90::WeightUnit::kBytes, thread);
     if constexpr (Config::kLoadsAhead) ahead.advance();
   }
   // Every warp says for itself that it has read the stage: its own LDS and its quarter of the wgmma.
@@ -51,8 +52,8 @@ struct StageReader {
 template <class Config, uint32 kTokens>
 struct Accumulator {
   float totals[kTokens / 2];
-  sm90::WeightFragment even;    // the tile's next even block, expanded
-  sm90::PackedFragment packed;  // on its way to a fragment: where weights are loaded ahead, the block after `even`
+  sm90::WeightFragment even;  // the tile's next even block, expanded
+  typename StageReader<Config>::PackedWeights packed;  // on its way to a fragment: where weights are loaded ahead, the block after `even`
 
   // Expands the first block of a tile.
   MEGAMOE_DEVICE void begin(StageReader<Config>& reader) {

@@ -1,11 +1,13 @@
 // Fold: one warp brings the block's share of the activated rows to one exponent per row, in place, so that linear 2 needs no scales in its
-// main loop (HOPPER: exponents per 128 channels cost a quarter of its speed at 128 tokens).
+// main loop (exponents per 128 channels cost a quarter of its speed at 128 tokens). Linear 1 leaves the codes in natural order; where linear 2
+// wants thread order, this is where they change places.
 //
 // Rows are dealt to the blocks one by one in row order: the rows of a tile are folded by as many SMs at once.
 #pragma once
 
 #include <megamoe/fold_codes.cuh>
 #include <megamoe/roles/mega_publish.cuh>
+#include <megamoe/thread_order.cuh>
 
 namespace megamoe {
 
@@ -14,7 +16,7 @@ template <class Config>
 MEGAMOE_DEVICE uint32 fold_row(uint8* codes, const uint8* sf, uint32 lane) {
   constexpr uint32 kGroups = Config::kIntermediate / 32, kVectors = Config::kIntermediate / 16;
   constexpr uint32 kPerLane = ceil_div(kVectors, 32), kInFlight = ceil_div(kPerLane, ceil_div(kPerLane, 3));  // 4 would spill
-  auto* vectors = reinterpret_cast<uint4*>(codes);
+  const auto* vectors = reinterpret_cast<const uint4*>(codes);
   uint4 v[kInFlight];
 #pragma unroll
   for (uint32 i = 0; i < kInFlight; ++i)
@@ -27,15 +29,21 @@ MEGAMOE_DEVICE uint32 fold_row(uint8* codes, const uint8* sf, uint32 lane) {
   }
   largest = __reduce_max_sync(~0u, largest);
 #pragma unroll 1
-  for (uint32 first = lane; first < kVectors; first += 32 * kInFlight) {
+  for (uint32 first = 0; first < kVectors; first += 32 * kInFlight) {
+    __syncwarp();  // in thread order a lane writes where others have read
 #pragma unroll
     for (uint32 i = 0; i < kInFlight; ++i) {
-      const uint32 vector = first + 32 * i;
-      if (vector < kVectors) vectors[vector] = fold_codes(v[i], largest - sf[vector / 2]);
+      const uint32 vector = first + 32 * i + lane;
+      if (vector >= kVectors) continue;
+      const uint4 folded = fold_codes(v[i], largest - sf[vector / 2]);
+      if constexpr (Config::kThreadOrder)
+        store_in_thread_order(reinterpret_cast<uint32*>(codes), 4 * vector, folded);
+      else
+        reinterpret_cast<uint4*>(codes)[vector] = folded;
     }
 #pragma unroll
     for (uint32 i = 0; i < kInFlight; ++i) {
-      const uint32 vector = first + 32 * (kInFlight + i);
+      const uint32 vector = first + 32 * (kInFlight + i) + lane;
       if (vector < kVectors) v[i] = __ldcg(vectors + vector);
     }
   }

@@ -3,11 +3,14 @@
 // A token belongs to one block and stays in registers between its loads and its stores. BF16 is quantised per 32 channels, then the codes
 // of each group are shifted to the token's exponent: bit for bit quantize_tokens followed by fold_tokens. While the warps of a block
 // exchange the exponents of one token, the next one is on its way.
+//
+// For mega_moe the codes may go to the arena in thread order (thread_order.cuh).
 #pragma once
 
 #include <megamoe/e4m3.cuh>
 #include <megamoe/fold_codes.cuh>
 #include <megamoe/ptx/memory.cuh>
+#include <megamoe/thread_order.cuh>
 
 namespace megamoe {
 
@@ -75,9 +78,23 @@ struct Bf16Share {
   MEGAMOE_DEVICE void store(uint32 token, uint32 largest) const {
 #pragma unroll
     for (uint32 i = 0; i < kPerThread; ++i) {
-      const uint32 vector = staged_vector<Config>(i);
-      if (vector < kVectors) to[uint64(token) * kVectors + vector] = fold_codes(codes[i], largest - sf[i]);
+      uint32 vector = staged_vector<Config>(i);
+      const bool is_inside = vector < kVectors;
+      uint2 folded = fold_codes(codes[i], largest - sf[i]);
+      if constexpr (Config::kThreadOrder) put_in_thread_order(folded, vector);
+      if (is_inside) to[uint64(token) * kVectors + vector] = folded;
     }
+  }
+
+ private:
+  // The two words of a vector lie apart in thread order, and beside the words of the same number of the next group, which the lane 4 from here
+  // has: each of the two lanes takes a pair and stores it at `vector`. By all lanes.
+  static MEGAMOE_DEVICE void put_in_thread_order(uint2& words, uint32& vector) {
+    const bool takes_second = threadIdx.x & 4;  // the lane of the odd group
+    const uint32 other = __shfl_xor_sync(~0u, takes_second ? words.x : words.y, 4);
+    words = takes_second ? make_uint2(other, words.y) : make_uint2(words.x, other);
+    const uint32 first = takes_second ? 2 * vector + 1 - 8 : 2 * vector;  // in natural order
+    vector = place_in_thread_order(first) / 2;
   }
 };
 
@@ -87,7 +104,7 @@ struct CodesShare {
   static constexpr uint32 kVectors = Config::kHidden / 16, kPerThread = ceil_div(kVectors, Config::kStageThreads);
   const uint4* x;     // [T, H] E4M3
   const uint8* x_sf;  // [T, H/32] UE8M0
-  uint4* to;          // [T, H] E4M3, may be x
+  uint4* to;          // [T, H] E4M3, may be x in natural order
   uint4 next[kPerThread], codes[kPerThread];
   uint32 next_sf[kPerThread], sf[kPerThread];
 
@@ -118,8 +135,13 @@ struct CodesShare {
 #pragma unroll
     for (uint32 i = 0; i < kPerThread; ++i) {
       const uint32 vector = staged_vector<Config>(i);
-      const bool is_there = x == to && sf[i] == largest;
-      if (vector < kVectors && !is_there) to[uint64(token) * kVectors + vector] = fold_codes(codes[i], largest - sf[i]);
+      const uint4 folded = fold_codes(codes[i], largest - sf[i]);
+      if constexpr (Config::kThreadOrder) {
+        if (vector < kVectors) store_in_thread_order(reinterpret_cast<uint32*>(to + uint64(token) * kVectors), 4 * vector, folded);
+      } else {
+        const bool is_there = x == to && sf[i] == largest;
+        if (vector < kVectors && !is_there) to[uint64(token) * kVectors + vector] = folded;
+      }
     }
   }
 };
