@@ -93,7 +93,7 @@ class MegaMoeConfig(GemmBlock):
 
 def has_thread_order(hidden: int, intermediate: int) -> bool:
     """Whether tokens, activated rows and weights of a layer are in thread order (formats/thread_order.py) on their way through mega_moe:
-    where K of both linears is whole blocks. Otherwise they are in natural order, which costs 2 to 3 %."""
+    where K of both linears is whole blocks. Otherwise they are in natural order, which costs 1.5 to 3 % from 512 tokens on."""
     return hidden % BLOCK_K == 0 and intermediate % BLOCK_K == 0
 
 
