@@ -48,4 +48,17 @@ MEGAMOE_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
+// The same unless `done`, which must be one for the whole warp. As a branch around mbarrier_wait the compiler would make the warp converge.
+MEGAMOE_DEVICE void mbarrier_wait_unless(bool done, uint32 barrier, uint32 parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "setp.ne.u32 done, %2, 0;\n"
+      "@done bra arrived;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra arrived;\n"
+      "bra again;\n"
+      "arrived:}" ::"r"(barrier), "r"(parity), "r"(static_cast<uint32>(done))
+      : "memory");
+}
+
 }  // namespace megamoe::ptx

@@ -26,25 +26,45 @@ MEGAMOE_DEVICE void multiply(float (&sums)[kTokens / 2], const sm90::WeightFragm
 template <class Config>
 struct StageReader {
   using PackedWeights = sm90::PackedFragment<Config::kThreadOrder>;
-  StagePipeline<Config> pipe, ahead;
+  using Ring = StagePipeline<Config>;
+
+  Ring pipe, ahead;
   uint32 base, warpgroup, thread;
+  uint32 first_empty;         // in a cluster that of the block to which this lane says that a stage is read
+  bool next_is_full = false;  // the stage behind the last one loaded, when that was loaded
+
+  MEGAMOE_DEVICE StageReader(const Ring& ring, uint32 base, uint32 warpgroup)
+      : pipe(ring), ahead(ring), base(base), warpgroup(warpgroup), thread(threadIdx.x % 128), first_empty(ring.first_empty()) {
+    if constexpr (Config::kClusterBlocks > 1) first_empty = ptx::map_shared(first_empty, thread % Config::kClusterBlocks);
+  }
 
   MEGAMOE_DEVICE uint32 stage() const { return base + pipe.stage * SmemPlan<Config>::kStageBytes; }
   // Whether load would return at once. For the whole warp, which may see the barrier change in between.
   MEGAMOE_DEVICE bool is_ready() const { return __all_sync(~0u, (Config::kLoadsAhead ? ahead : pipe).is_full()); }
+  // A barrier takes 50 clk to answer. Asked for the next stage now, it has answered when that is wanted.
   MEGAMOE_DEVICE void load(PackedWeights& packed) {
-    const auto& from = Config::kLoadsAhead ? ahead : pipe;
-    from.wait_full();
+    Ring from = Config::kLoadsAhead ? ahead : pipe;
+    from.wait_full_unless(next_is_full);
     packed.load(base + from.stage * SmemPlan<Config>::kStageBytes + warpgroup * sm90::WeightUnit::kBytes, thread);
-    if constexpr (Config::kLoadsAhead) ahead.advance();
+    from.advance();
+    next_is_full = from.is_full();
+    if constexpr (Config::kLoadsAhead) ahead = from;
   }
-  // Every warp says for itself that it has read the stage: its own LDS and its quarter of the wgmma.
-  MEGAMOE_DEVICE void release(uint32 empty_barrier) const {
-    if constexpr (Config::kClusterBlocks == 1) {
-      if (thread % 32 == 0) ptx::mbarrier_arrive(empty_barrier);
-    } else {
-      if (thread % 32 < Config::kClusterBlocks) ptx::mbarrier_arrive_cluster(ptx::map_shared(empty_barrier, thread % 32));
-    }
+  // Every warp says for itself that it has read a stage: its own LDS and its quarter of the wgmma.
+  MEGAMOE_DEVICE void release(uint32 stage) const {
+    if (thread % 32 >= Config::kClusterBlocks) return;
+    if constexpr (Config::kClusterBlocks == 1)
+      ptx::mbarrier_arrive(first_empty + Ring::offset_of(stage));
+    else
+      ptx::mbarrier_arrive_cluster(first_empty + Ring::offset_of(stage));
+  }
+  // Passes over the current stage, whose weights are not needed.
+  MEGAMOE_DEVICE void skip() {
+    pipe.wait_full();
+    release(pipe.stage);
+    pipe.advance();
+    if constexpr (Config::kLoadsAhead) ahead.advance();
+    next_is_full = false;
   }
 };
 
@@ -87,27 +107,27 @@ struct Accumulator {
     uint32 k = 0;
 #pragma unroll 1
     for (; k + kPromotionBlocks <= num_k_blocks; k += kPromotionBlocks) {
-      uint32 odd_empty = 0;
+      uint32 odd_stage = 0;
 #pragma unroll
       for (uint32 pair = 0; pair < kPromotionBlocks / 2; ++pair) {
         multiply<Config, kTokens>(sums, even, reader.stage(), pair == 0);
-        const uint32 even_empty = reader.pipe.empty();
+        const uint32 even_stage = reader.pipe.stage;
         reader.pipe.advance();
         if (pair > 0) {
           ptx::wgmma_wait<1>();
-          reader.release(odd_empty);
+          reader.release(odd_stage);
         }
         expand_next(reader, odd, true, k + 2 * pair + 2 < num_k_blocks);
         multiply<Config, kTokens>(sums, odd, reader.stage(), false);
         ptx::wgmma_wait<1>();
-        reader.release(even_empty);
-        odd_empty = reader.pipe.empty();
+        reader.release(even_stage);
+        odd_stage = reader.pipe.stage;
         reader.pipe.advance();
         expand_next(reader, even, k + 2 * pair + 2 < num_k_blocks, k + 2 * pair + 3 < num_k_blocks);
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(sums);
-      reader.release(odd_empty);
+      reader.release(odd_stage);
       promote(sums);
     }
     return k;
@@ -131,7 +151,7 @@ struct Accumulator {
     multiply<Config, kTokens>(sums, even, reader.stage(), fresh);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(sums);
-    reader.release(reader.pipe.empty());
+    reader.release(reader.pipe.stage);
     reader.pipe.advance();
     expand_next(reader, even, has_next, has_another);
   }
@@ -156,12 +176,7 @@ struct Accumulator {
 template <class Config>
 MEGAMOE_DEVICE void skip_tile(StageReader<Config>& reader, uint32 num_k_blocks) {
 #pragma unroll 1
-  for (uint32 k = 0; k < num_k_blocks; ++k) {
-    reader.pipe.wait_full();
-    reader.release(reader.pipe.empty());
-    reader.pipe.advance();
-    if constexpr (Config::kLoadsAhead) reader.ahead.advance();
-  }
+  for (uint32 k = 0; k < num_k_blocks; ++k) reader.skip();
 }
 
 }  // namespace megamoe

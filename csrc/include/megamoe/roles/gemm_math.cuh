@@ -75,7 +75,7 @@ MEGAMOE_DEVICE void dispatch_tiles(TileWalk<Config>& walk) {
 template <class Config>
 MEGAMOE_DEVICE void gemm_math(const Fp4GemmParams& p, TileReader tiles, uint32 base, uint32 warpgroup) {
   const StagePipeline<Config> ring(base + SmemPlan<Config>::kBarriers);
-  StageReader<Config> reader{ring, ring, base, warpgroup, threadIdx.x % 128};
+  const StageReader<Config> reader(ring, base, warpgroup);
   TileWalk<Config> walk{p, reader, tiles};
   walk.next();
 #pragma unroll 1

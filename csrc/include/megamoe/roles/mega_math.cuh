@@ -95,7 +95,7 @@ template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_math(const MegaBlock<Layout, Config>& block, TileReader tiles, uint32 warpgroup,
                               Timeline<Config::kTimeline>& timeline) {
   const StagePipeline<Config> ring(block.base + SmemPlan<Config>::kBarriers);
-  StageReader<Config> reader{ring, ring, block.base, warpgroup, threadIdx.x % 128};
+  const StageReader<Config> reader(ring, block.base, warpgroup);
   TaskWalk<Config> walk{block.p, reader, tiles, timeline, block.base + MegaSmemPlan<Config>::kDone};
   walk.next();
 #pragma unroll 1

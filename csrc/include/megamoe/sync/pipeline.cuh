@@ -23,18 +23,22 @@ struct Pipeline {
   // By one thread, before any role starts.
   static MEGAMOE_DEVICE void init(uint32 barriers, uint32 num_consumers, uint32 num_producers = 1) {
     for (uint32 i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(barriers + i * 16, num_producers);
-      ptx::mbarrier_init(barriers + i * 16 + 8, num_consumers * kClusterBlocks);
+      ptx::mbarrier_init(barriers + offset_of(i), num_producers);
+      ptx::mbarrier_init(barriers + offset_of(i) + 8, num_consumers * kClusterBlocks);
     }
   }
 
   MEGAMOE_DEVICE explicit Pipeline(uint32 barriers) : barriers(barriers) {}
 
-  MEGAMOE_DEVICE uint32 full() const { return barriers + stage * 16; }
-  MEGAMOE_DEVICE uint32 empty() const { return barriers + stage * 16 + 8; }
+  // Of a stage's barriers behind those of the first.
+  static MEGAMOE_DEVICE uint32 offset_of(uint32 stage) { return stage * 16; }
+  MEGAMOE_DEVICE uint32 first_empty() const { return barriers + 8; }
+  MEGAMOE_DEVICE uint32 full() const { return barriers + offset_of(stage); }
+  MEGAMOE_DEVICE uint32 empty() const { return first_empty() + offset_of(stage); }
 
-  // Consumer: wait until the bytes of the current stage are there.
+  // Consumer: wait until the bytes of the current stage are there, which `is_full` says that this warp knows already.
   MEGAMOE_DEVICE void wait_full() const { ptx::mbarrier_wait(full(), phase); }
+  MEGAMOE_DEVICE void wait_full_unless(bool is_full) const { ptx::mbarrier_wait_unless(is_full, full(), phase); }
 
   // Whether wait_full would return at once.
   MEGAMOE_DEVICE bool is_full() const { return ptx::mbarrier_test(full(), phase); }
