@@ -9,6 +9,7 @@ loop that builds one lookup table per row instead of four.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,13 @@ class Sm90Weight:
     @property
     def num_bytes(self) -> int:
         return self.blocks.nbytes + self.row_base.nbytes
+
+    @cached_property
+    def storage_key(self) -> tuple:
+        """What launches on these tensors depend on: addresses, sizes, dtypes, orders."""
+        blocks, base = self.blocks, self.row_base
+        return (blocks.data_ptr(), blocks.shape, blocks.dtype, base.data_ptr(), base.shape, base.dtype, self.shape, self.interleaved,
+                self.thread_order)
 
     def to(self, device: torch.device | str) -> "Sm90Weight":
         return replace(self, blocks=self.blocks.to(device), row_base=self.row_base.to(device))

@@ -102,7 +102,7 @@ def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: 
 
     Sync: stream-ordered, no host sync; capture-safe once the kernel is loaded.
     """
-    tensors = (codes, sf, weight.blocks, weight.row_base, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias, row_weight)
+    tensors = (codes, sf, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias, row_weight)
     if not codes.shape[0] or not weight.shape[0]:
         return
     device = codes.device.index
@@ -110,7 +110,7 @@ def fp4_gemm(codes: torch.Tensor, sf: torch.Tensor, weight: Sm90Weight, config: 
     stream = devices.stream(device)
     if workspace is None:
         workspace = _workspace(device, stream, config.workspace_bytes(num_sms(device)))
-    key = (kernel, workspace.data_ptr(), weight.shape, weight.interleaved, weight.thread_order, limit, alpha, up_bias,
+    key = (kernel, workspace.data_ptr(), weight.storage_key, limit, alpha, up_bias,
            *[t if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors])
     params = _launches.get(key)
     if params is None:
@@ -143,8 +143,8 @@ def allocate_workspace(device: int, num_bytes: int | None = None) -> torch.Tenso
     return workspace
 
 
-def _params(weight, config, workspace, limit, alpha, up_bias, codes, sf, blocks, row_base, offsets, bounds, counts, out, row_dst,
-            a_codes, a_sf, bias, row_weight) -> Params:
+def _params(weight, config, workspace, limit, alpha, up_bias, codes, sf, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias,
+            row_weight) -> Params:
     num_rows, num_groups = codes.shape[0], weight.shape[0]
     grouping = Grouping(_address(offsets), _address(bounds), _address(counts), num_groups=num_groups, num_rows=num_rows,
                         group_stride=num_rows // num_groups)
@@ -177,8 +177,9 @@ def num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check(weight, config, codes, sf, blocks, row_base, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias, row_weight) -> None:
+def _check(weight, config, codes, sf, offsets, bounds, counts, out, row_dst, a_codes, a_sf, bias, row_weight) -> None:
     """Raise ValueError unless every operand is what the kernel assumes."""
+    blocks, row_base = weight.blocks, weight.row_base
     num_rows, (num_groups, n, k) = codes.shape[0], weight.shape
     is_swiglu = config.epilogue == "swiglu"
     groupings = [name for name, value in (("offsets", offsets), ("bounds", bounds), ("counts", counts)) if value is not None]

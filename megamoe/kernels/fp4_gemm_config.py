@@ -172,7 +172,11 @@ class Fp4GemmConfig(GemmBlock):
     def workspace_bytes(self, num_blocks: int) -> int:
         """Workspace for tiles that are cut along K (roles/tail_sums.cuh): four flags per block, then a slot of sums per block and
         warpgroup. Its flags are zeroed once, whichever configs use it."""
-        return num_blocks * (4 * 4 + self.num_math_warpgroups * self.max_token_tile // 2 * 128 * 4)
+        return num_blocks * self._workspace_block_bytes
+
+    @cached_property
+    def _workspace_block_bytes(self) -> int:
+        return 4 * 4 + self.num_math_warpgroups * self.max_token_tile // 2 * 128 * 4
 
     def with_output(self, *, has_bias: bool = False, scatter: bool = False) -> "Fp4GemmConfig":
         """The same config with these options, and fewer stages where shared memory wants it."""
