@@ -82,7 +82,7 @@ def num_chunks(dims: ArenaDims) -> int:
 
 
 def source(op: str, dims: ArenaDims, is_one_pass: bool = False) -> str:
-    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`; `is_one_pass`: for mega_moe, all rows in one pass, however many."""
+    """One translation unit with the kernel `op`, one of OPS, for arenas of `dims`; `is_one_pass`: for mega_moe, any number of rows in one pass."""
     passes = (1, num_entries(dims)) if is_one_pass else (num_passes(dims), dims.pool_rows)
     config = {"num_ranks": dims.num_ranks, "max_tokens": dims.max_tokens, "num_topk": dims.num_topk, "num_experts": dims.num_experts,
               "num_local_experts": dims.num_experts // dims.num_ranks, "hidden": dims.hidden, "num_passes": passes[0],
