@@ -8,7 +8,6 @@ tokens share it.
 
 from torch import Tensor
 
-BLOCK = 128  # channels
 _GROUPS, _WORDS = 4, 8  # of a block, and of a group
 
 

@@ -95,7 +95,7 @@ class ArenaDispatch:
 
         Args:
             x: [T, H] bfloat16, which is quantised; or float8_e4m3fn with x_sf. Contiguous.
-            x_sf: [T, H/32] uint8, or None for bfloat16. What is the arena's own region already is not copied, but for mega_moe must not be.
+            x_sf: [T, H/32] uint8, or None for bfloat16. What lies in the arena's own regions is not copied; for mega_moe it must lie elsewhere.
             topk_idx: [T, K] int64; values outside [-1, E) count as -1 and are reported to `calls`.
             topk_weights: [T, K] float32.
 
