@@ -75,7 +75,7 @@ def source(config: MegaMoeConfig, dims: ArenaDims, is_virtual: bool = False, has
         is_virtual: for several ranks on one GPU, a range of blocks each.
         has_timeline: a slower build whose roles record what they do (csrc/include/megamoe/timeline.cuh).
     """
-    constants = {**block_constants(config), "pull_buffers": config.pull_buffers, "hidden": config.hidden,
+    constants = {**block_constants(config), "pull_buffers": config.pull_buffers, "fold_run": config.fold_run, "hidden": config.hidden,
                  "intermediate": config.intermediate, "num_topk": dims.num_topk, "num_experts": dims.num_experts,
                  "max_tokens": dims.max_tokens, "swiglu": True, "accumulate": False, "has_bias": config.has_down_bias, "scatter": True,
                  "timeline": has_timeline}

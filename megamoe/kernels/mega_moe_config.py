@@ -10,11 +10,13 @@ OP = "mega_moe"
 # (math, aux) registers per thread by number of math warpgroups: the aux warps do more here than in fp4_gemm. The sum over the block must
 # fit 64 K registers, or setmaxnreg hangs.
 REGISTERS = {2: (224, 56), 3: (152, 56), 4: (104, 64)}
-# Largest token tile that compiles without a spill (nvcc 13.0), and largest one that leaves registers for two expanded fragments.
-MAX_TOKEN_TILE = {2: 176, 3: 104, 4: 32}
-MAX_DOUBLE_BUFFERED = {2: 176, 3: 96, 4: 48}
+# Largest token tile that compiles without a spill (nvcc 13.0), and, by thread order, largest one that leaves registers for two expanded
+# fragments: natural order needs some for its tables.
+MAX_TOKEN_TILE = {2: 176, 3: 104, 4: 48}
+MAX_DOUBLE_BUFFERED = {True: {2: 176, 3: 96, 4: 48}, False: {2: 176, 3: 96, 4: 40}}
 # Largest token tile with registers for the packed weights of a block ahead, with two warpgroups.
 LOADS_AHEAD = 128
+MANY_TOKENS, FOLD_RUN = 56, 2
 _TOKEN_FLOATS = 4  # scale, weight and the address of a destination
 _SLICE = 32  # of H and I: the channels that share an exponent
 
@@ -65,11 +67,16 @@ class MegaMoeConfig(GemmBlock):
     @property
     def max_double_buffered(self) -> int:
         """Largest token tile that expands into two fragments."""
-        return MAX_DOUBLE_BUFFERED[self.num_math_warpgroups]
+        return MAX_DOUBLE_BUFFERED[self.thread_order][self.num_math_warpgroups]
 
     @property
     def loads_ahead(self) -> bool:
         return self.num_math_warpgroups == 2 and self.max_token_tile <= LOADS_AHEAD
+
+    @property
+    def fold_run(self) -> int:
+        """Rows that a block folds and publishes together."""
+        return 1 if self.max_token_tile < MANY_TOKENS else FOLD_RUN
 
     @property
     def fixed_bytes(self) -> int:

@@ -22,7 +22,9 @@ _COMBINE_CHANNELS_PER_THREAD = 8
 
 @dataclass(frozen=True, eq=False)
 class PulledRows:
-    """The rows of one pass, ordered by expert, source rank, token, slot. The next pass overwrites them; rows past the last are undefined.
+    """The rows of one pass, ordered by expert, source rank (from this one on, round), token, slot.
+
+    The next pass overwrites them; rows past the last are undefined.
 
     Args:
         codes: [P, H] float8_e4m3fn, one exponent per row.
@@ -43,7 +45,7 @@ class PulledRows:
 
 @dataclass(frozen=True, eq=False)
 class RoutedRows:
-    """Where the rows of a call come from, ordered by expert, source rank, token, slot; entries past the last row are undefined.
+    """Where the rows of a call come from, in the order of PulledRows; entries past the last row are undefined.
 
     Args:
         row_entry: [R] int32, src * T * K + token * K + slot of each row, with T = max_tokens; R: most rows a call can have.
@@ -175,7 +177,7 @@ class ArenaDispatch:
             "moe_stage": {"symm": symm, "calls": calls, "num_arrived": self._num_arrived[0:].data_ptr()},
             "moe_route": {"symm": symm, "calls": calls, **routing, "offsets": self._offsets.data_ptr(),
                           "bounds": self._bounds.data_ptr(), "num_arrived": self._num_arrived[1:].data_ptr()},
-            "moe_assign": {"calls": calls, **routing, "row_entry": self._row_entry.data_ptr()},
+            "moe_assign": {"calls": calls, **routing, "row_entry": self._row_entry.data_ptr(), "rank": symm.rank},
             "moe_combine": {"symm": symm, "calls": calls},
         }
         if self._passes:

@@ -45,7 +45,7 @@ PARAMS = {
                          num_tokens=_u32, is_quantized=_u32),
     "moe_route": _params("MoeRouteParams", "symm", "calls", "entry_expert", "chunk_rows", "offsets", "bounds", "expert_load",
                          "num_arrived", "ahead", ahead_bytes=_u32),
-    "moe_assign": _params("MoeAssignParams", "calls", "entry_expert", "chunk_rows", "row_entry"),
+    "moe_assign": _params("MoeAssignParams", "calls", "entry_expert", "chunk_rows", "row_entry", rank=_u32),
     "moe_pull": _params("MoePullParams", "symm", "row_entry", "bounds", "codes", "sf", "row_weight", "row_dst"),
     "moe_combine": _params("MoeCombineParams", "symm", "calls", "y", num_tokens=_u32),
 }

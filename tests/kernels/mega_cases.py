@@ -53,11 +53,11 @@ WIDTHS = {
     "gpt-oss-120b": (Model(dims=dims(3, 12, 4, 2880, 2880), **GPT_OSS), CANDIDATES[3, 104], (128, 100, 33)),
     "v3": (Model(dims=dims(4, 8, 8, 7168, 2048)), CANDIDATES[3, 88], (30, 31, 0, 64)),
     "v4-pro": (Model(dims=dims(2, 8, 6, 7168, 3072), limit=10.0), CANDIDATES[2, 160], (128, 33)),
-    "v4-pro, few tokens": (Model(dims=dims(1, 8, 6, 7168, 3072), limit=10.0), CANDIDATES[4, 32], (7,)),
+    "v4-pro, few tokens": (Model(dims=dims(1, 8, 6, 7168, 3072), limit=10.0), CANDIDATES[4, 48], (7,)),
 }
 RANDOM = (
     (Model(dims=dims(1, 5, 3, 96, 64), has_bias=True), SMALL),
-    (Model(dims=dims(2, 8, 5, 544, 224), limit=1.0), CANDIDATES[4, 32]),
+    (Model(dims=dims(2, 8, 5, 544, 224), limit=1.0), CANDIDATES[4, 48]),
     (Model(dims=dims(3, 12, 7, 2880, 96), **GPT_OSS), CANDIDATES[3, 64]),
     (Model(dims=dims(4, 64, 32, 64, 64)), CANDIDATES[2, 128]),
     (Model(dims=dims(2, 2, 6, 256, 1056)), CANDIDATES[3, 104]),
@@ -65,7 +65,7 @@ RANDOM = (
     (Model(dims=dims(4, 8, 1, 192, 128), has_bias=True), CANDIDATES[2, 176]),
     (Model(dims=dims(2, 8, 3, 768, 640), has_bias=True, limit=1.0), CANDIDATES[2, 176]),
     (Model(dims=dims(3, 12, 5, 512, 128)), CANDIDATES[3, 88]),
-    (Model(dims=dims(1, 32, 2, 128, 1152)), CANDIDATES[4, 32]),
+    (Model(dims=dims(1, 32, 2, 128, 1152)), CANDIDATES[4, 48]),
 )
 BIG = Model(dims=dims(1, 96, 6, 7168, 3072, max_tokens=64, pool_rows=1024), limit=10.0)  # 3.4 GB of weights
 CASES = ([(model, SMALL) for model in (FEW, PAIR, EDGE, EDGE_IN_BLOCKS, BIG, *POOLS)]

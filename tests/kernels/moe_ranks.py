@@ -111,11 +111,12 @@ def make_inputs(dims: ArenaDims, num_tokens: int, seed: int) -> Inputs:
 
 
 def expected_rows(dims: ArenaDims, inputs: list[Inputs], rank: int) -> list[tuple[int, int, int, int]]:
-    """(expert, src, token, slot) of a rank's rows, in order."""
+    """(expert, src, token, slot) of a rank's rows, in order: of each expert first those of the rank itself, then of the rank after it."""
     local = dims.num_experts // dims.num_ranks
-    return sorted((expert, src, token, slot)
-                  for src, given in enumerate(inputs) for token, experts in enumerate(given.topk_idx.tolist())
-                  for slot, expert in enumerate(experts) if expert >= 0 and expert // local == rank and expert < dims.num_experts)
+    rows = ((expert, src, token, slot)
+            for src, given in enumerate(inputs) for token, experts in enumerate(given.topk_idx.tolist())
+            for slot, expert in enumerate(experts) if expert >= 0 and expert // local == rank and expert < dims.num_experts)
+    return sorted(rows, key=lambda row: (row[0], (row[1] - rank) % dims.num_ranks, *row[2:]))
 
 
 def canonical(codes: torch.Tensor) -> torch.Tensor:

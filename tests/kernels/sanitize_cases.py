@@ -112,7 +112,7 @@ def run_dispatch() -> None:
 def run_mega() -> None:
     """Few blocks, since instrumented ones are slow; rings that wrap, a bias, tokens that are few, none or skipped."""
     for model, candidate, tokens in ((FEW, CANDIDATES[2, 32], (9,)), (PAIR, CANDIDATES[2, 32], (40, 3)),
-                                     (PAIR, CANDIDATES[3, 64], (128, 90)), (EDGE_IN_BLOCKS, CANDIDATES[4, 32], (70, 0, 1)),
+                                     (PAIR, CANDIDATES[3, 64], (128, 90)), (EDGE_IN_BLOCKS, CANDIDATES[4, 48], (70, 0, 1)),
                                      (EDGE_IN_BLOCKS, SMALL_CLUSTERS, (70, 0, 9))):
         ranks = MegaRanks(model, config_for(model, candidate), timeout_s=100.0, num_blocks=4)
         for seed, ring in enumerate((ranks.ring, Ring(1, 1, 0), Ring(5, 2, 2))):

@@ -177,13 +177,19 @@ class Block {
   void fold_rows(Delays delays) {
     const CallWatch<Layout> watch = call_.watch(CallPhase::kExperts, call_.fold_calls);
     const PublishingWatch w{watch, *this, call_.symm};
-    for (uint32 row = idx_; row < call_.rows.entries.size(); row += world_.num_blocks) {
-      const RowPlace place = place_of(row, call_.rows.table);
+    const auto fold_run = [&](RowPlace place, uint32 count) {
       flow_.wait_activated(place.tile, w);
-      delays.pause();
-      fold(pool_row(place.tile)[place.idx].a);
-      flow_.publish_folded(place);
-    }
+      for (uint32 i = 0; i < count; ++i) {
+        delays.pause();
+        fold(pool_row(place.tile)[place.idx + i].a);
+      }
+      flow_.publish_folded(place, count);
+    };
+    const uint32 num_rows = static_cast<uint32>(call_.rows.entries.size());
+    if (world_.seed % 2 == 0)
+      for_each_run<1>(call_.rows.table, num_rows, idx_, world_.num_blocks, fold_run);
+    else
+      for_each_run<4>(call_.rows.table, num_rows, idx_, world_.num_blocks, fold_run);
     while (!is_published_) {
       poll_publisher();
       wait_briefly();

@@ -12,7 +12,8 @@
 
 namespace protocol {
 
-constexpr uint32 kBlocks = 2, kRowBlocks[2] = {2, 1}, kMostSlots = 8, kMostRows = 8, kNothing = 255, kInFlight = 2, kClaims = 2;
+constexpr uint32 kBlocks = 2, kRowBlocks[2] = {2, 1}, kMostSlots = 8, kMostRows = 8, kNothing = 255, kInFlight = 2, kClaims = 2,
+                 kFoldRun = 2;
 using Config = TileConfig<1, 2>;
 
 // How far a row of the pool has come, and the tile it is of.
@@ -24,7 +25,8 @@ struct PoolRow {
 struct BlockState {
   uint8 tasks[kClaims], num_tasks, has_started, is_done;  // claimed tasks, the first one loaded
   uint8 unpublished[kClaims], num_unpublished;            // computed ones, which keep their places until they are published
-  uint8 num_started, num_landed, num_folded;              // of the block's rows
+  uint8 num_started, num_landed;                          // of the block's rows
+  uint8 num_folded;                                       // of its runs of rows
 };
 
 // Everything that changes. Compared and hashed as bytes: states are made by copying all of them, padding too.
@@ -55,6 +57,7 @@ struct Explorer {
   bool holds_rows;
   std::vector<Tile> tasks;
   std::vector<RowPlace> rows;
+  std::vector<std::pair<RowPlace, uint32>> runs[kBlocks];  // that a block folds: first row and number of rows
 
   Explorer(const std::vector<uint32>& counts, uint32 band, uint32 lag, uint32 missing_slots, bool holds_rows)
       : shape{{kRowBlocks[0], kRowBlocks[1]}, {1, 1}, band, lag,
@@ -65,6 +68,8 @@ struct Explorer {
     MoeTaskStream<Config> stream(table, shape);
     for (Tile task; stream.find(static_cast<uint32>(tasks.size()), task);) tasks.push_back(task);
     for (int32 row = 0; row < offsets.back(); ++row) rows.push_back(place_of(row, table));
+    for (uint32 b = 0; b < kBlocks; ++b)
+      for_each_run<kFoldRun>(table, offsets.back(), b, kBlocks, [&](RowPlace place, uint32 count) { runs[b].push_back({place, count}); });
   }
 
   TileFlow flow(State& state) const { return {state.counters, shape.ring, {kRowBlocks[0], kRowBlocks[1]}}; }
@@ -159,17 +164,19 @@ struct Explorer {
     return true;
   }
 
-  bool fold_row(State& s, uint32 b) const {
+  bool fold_run(State& s, uint32 b) const {
     BlockState& block = s.blocks[b];
-    if (block.num_folded == num_rows(b)) return false;
-    const RowPlace& place = row(b, block.num_folded);
-    if (!looks_there([&](const Look& look) { flow(s).wait_activated(place.tile, look); })) return false;
-    PoolRow& to = pool_row(s, place);
-    expect(to.tile == place.tile && to.content == kPulled && to.num_computed[0] == kRowBlocks[0],
-           "tile %u is folded before it is activated", place.tile);
-    to.content = kFolded;
+    if (block.num_folded == runs[b].size()) return false;
+    const auto& [place, count] = runs[b][block.num_folded];
+    if (!looks_there([&, tile = place.tile](const Look& look) { flow(s).wait_activated(tile, look); })) return false;
+    for (uint32 i = 0; i < count; ++i) {
+      PoolRow& to = (&pool_row(s, place))[i];
+      expect(to.tile == place.tile && to.content == kPulled && to.num_computed[0] == kRowBlocks[0],
+             "tile %u is folded before it is activated", place.tile);
+      to.content = kFolded;
+    }
     ++block.num_folded;
-    flow(s).publish_folded(place);
+    flow(s).publish_folded(place, count);
     return true;
   }
 
@@ -177,7 +184,7 @@ struct Explorer {
     for (uint32 b = 0; b < kBlocks; ++b) {
       const BlockState& block = s.blocks[b];
       const bool has_tasks = !block.is_done || block.num_tasks + block.num_unpublished > 0;
-      if (has_tasks || block.num_landed < num_rows(b) || block.num_folded < num_rows(b)) return false;
+      if (has_tasks || block.num_landed < num_rows(b) || block.num_folded < runs[b].size()) return false;
     }
     return true;
   }
@@ -192,7 +199,7 @@ struct Explorer {
       std::memset(block.unpublished, kNothing, sizeof(block.unpublished));
     }
     constexpr Step kSteps[] = {&Explorer::claim,     &Explorer::load,     &Explorer::compute, &Explorer::publish,
-                               &Explorer::start_row, &Explorer::land_row, &Explorer::fold_row};
+                               &Explorer::start_row, &Explorer::land_row, &Explorer::fold_run};
     std::unordered_set<std::string> seen{bytes(begin)};
     for (std::deque<State> open{begin}; !open.empty(); open.pop_front()) {
       bool can_go_on = false;

@@ -48,6 +48,29 @@ void check_rows(const GroupTable<AnyConfig>& table, const std::vector<PlainTile>
   }
 }
 
+// Every row is in one run of one block, a run in one tile, and a block's come in order. Runs are as long as rows and tiles allow.
+template <uint32 kRun, class AnyConfig>
+void check_runs(const GroupTable<AnyConfig>& table, uint32 num_rows, uint32 num_blocks) {
+  std::vector<bool> is_dealt(num_rows);
+  for (uint32 block = 0; block < num_blocks; ++block) {
+    uint32 next_tile = 0;
+    for_each_run<kRun>(table, num_rows, block, num_blocks, [&](RowPlace place, uint32 count) {
+      expect(count > 0 && count <= kRun && place.idx + count <= place.num_rows, "a run of %u rows from row %u of tile %u on", count,
+             place.idx, place.tile);
+      expect(place.tile >= next_tile, "tile %u after %u", place.tile, next_tile);
+      next_tile = place.tile;
+      const GroupEntry& group = table.entries[table.group_of_tile(place.tile)];
+      const uint32 tokens = AnyConfig::TokenTiles::at(group.token_tile_idx);
+      const uint32 first = group.begin + (place.tile - group.first_tile) * tokens + place.idx;
+      for (uint32 row = first; row < first + count; ++row) {
+        expect(row < num_rows && row / kRun % num_blocks == block && !is_dealt[row], "block %u has row %u", block, row);
+        is_dealt[row] = true;
+      }
+    });
+  }
+  for (uint32 row = 0; row < num_rows; ++row) expect(is_dealt[row], "no block has row %u", row);
+}
+
 void check_task(const Tile& task, const std::vector<PlainTile>& tiles, const MoeStreamShape& shape) {
   expect(task.number < tiles.size(), "tile %u of %zu", task.number, tiles.size());
   const PlainTile& tile = tiles[task.number];
@@ -100,6 +123,10 @@ void check_stream(const std::vector<uint32>& counts, uint32 band, uint32 lag, ui
       expect(ticket >= tasks.size(), "ticket %u of %zu is no task", ticket, tasks.size());
     }
   check_rows(table, tiles, 1 + extra);
+  const uint32 num_rows = offsets_of(counts).back();
+  check_runs<1>(table, num_rows, 1 + extra);
+  check_runs<2>(table, num_rows, 1 + extra);
+  check_runs<4>(table, num_rows, 1 + extra);
 }
 
 template <uint32... kSizes>

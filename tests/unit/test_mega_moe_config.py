@@ -28,7 +28,7 @@ SHAPE = {"num_math_warpgroups": 3, "token_tiles": (32, 64), "num_stages": 4, "ma
     ({"token_tiles": (64, 32)}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 104, got (64, 32); use fewer sizes or fewer "
                                 "warpgroups"),
     ({"token_tiles": ()}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 104, got (); use fewer sizes or fewer warpgroups"),
-    ({"num_math_warpgroups": 4, "token_tiles": (40,)}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 32, got (40,); use "
+    ({"num_math_warpgroups": 4, "token_tiles": (56,)}, "token_tiles must be at most 16 ascending multiples of 8 from 8 to 48, got (56,); use "
                                                        "fewer sizes or fewer warpgroups"),
     ({"max_groups": 96}, "max_groups must be a power of two, got 96; round it up"),
     ({"num_stages": 1}, "num_stages must be at least 2, got 1; a ring needs two"),
@@ -81,6 +81,12 @@ def test_loads_ahead_while_registers_last():
     assert [config(2, tile).loads_ahead for tile in (8, 128, 136)] == [True, True, False]
     assert not config(3, 8).loads_ahead
     assert [config(w, 8).max_double_buffered for w in (2, 3, 4)] == [176, 96, 48]
+    in_natural_order = MegaMoeConfig(**SHAPE | {"num_math_warpgroups": 4, "token_tiles": (48,), "hidden": 96})
+    assert in_natural_order.max_double_buffered == 40
+
+
+def test_rows_are_folded_one_by_one_where_there_are_few():
+    assert [MegaMoeConfig(**SHAPE | {"token_tiles": (tile,)}).fold_run for tile in (8, 48, 56, 104)] == [1, 1, 2, 2]
 
 
 def test_parts_of_a_tile():
@@ -96,7 +102,7 @@ def test_table_capacity():
 def test_few_tokens_take_small_tiles_and_many_large_ones():
     chosen = all_mega(V4_PRO, 8192)
     assert list(chosen) == [1 << i for i in range(14)]
-    assert [chosen[tokens].max_token_tile for tokens in (1, 64, 512, 1024, 2048, 8192)] == [32, 32, 64, 88, 160, 176]
+    assert [chosen[tokens].max_token_tile for tokens in (1, 64, 512, 1024, 2048, 8192)] == [32, 48, 48, 88, 160, 176]
     assert [chosen[tokens].num_math_warpgroups for tokens in (1, 64)] == [3, 4], "two rounds of shorter tasks, where there are two"
     assert [chosen[tokens].cluster_blocks for tokens in (1, 64, 1024, 8192)] == [1, 1, 1, 2]
     for config in chosen.values():

@@ -32,7 +32,7 @@ CANDIDATES = (
     Candidate(3, (32, 40, 48, 56, 64)),
     Candidate(3, (56, 64, 72, 80, 88)),
     Candidate(3, (88, 96, 104)),
-    Candidate(4, (8, 16, 24, 32)),
+    Candidate(4, (8, 16, 24, 32, 48)),
 )
 
 LONG_RING = 8  # stages; more hide nothing more

@@ -1,11 +1,13 @@
 // moe_assign: each entry that names one of this rank's experts -> its row, by a stable rank among the chunk's entries of that expert.
 //
 // One block per chunk. A warp owns neighbouring entries and counts per expert as it goes; the counts of the warps before it and the row at
-// which moe_route lets the chunk begin complete the rank. So rows of an expert are ordered by source rank, token, slot in every run.
+// which moe_route lets the chunk begin complete the rank. So rows of an expert are ordered by source rank, from this one on, token, slot in
+// every run.
 #pragma once
 
 #include <megamoe/comm/call_state.cuh>
 #include <megamoe/ptx/control.cuh>
+#include <megamoe/schedule/entry_chunks.cuh>
 
 namespace megamoe {
 
@@ -14,6 +16,7 @@ struct MoeAssignParams {
   const int16* entry_expert;  // [W * chunks, kChunkEntries] local expert, -1 for none
   const int32* chunk_rows;    // [W * chunks, e] first row of a chunk's entries for an expert
   int32* row_entry;           // [W * T * K] entry of each row: src * T * K + token * K + slot, with T = max_tokens
+  uint32 rank;                // this one
 };
 
 constexpr uint32 kAssignWarps = 16;
@@ -61,8 +64,8 @@ MEGAMOE_DEVICE void moe_assign(const MoeAssignParams& p) {
     }
   }
   __syncthreads();
-  const uint32 src = blockIdx.x / Config::kNumChunks, chunk = blockIdx.x % Config::kNumChunks;
-  const uint32 first_entry = src * Config::kMaxTokens * Config::kNumTopk + chunk * Config::kChunkEntries + first;
+  const EntryChunk chunk = entry_chunk<Config>(blockIdx.x, p.rank);
+  const uint32 first_entry = chunk.src * Config::kMaxTokens * Config::kNumTopk + chunk.first + first;
 #pragma unroll
   for (uint32 i = 0; i < kRounds; ++i)
     if (expert[i] >= 0) p.row_entry[row[i] + counts[warp][expert[i]]] = first_entry + i * 32;

@@ -1,12 +1,13 @@
 // moe_route: waits for every rank's inputs, finds the (token, slot) entries that name this rank's experts, and gives each expert its rows.
 //
-// The entries of a rank are divided into chunks, one block each. A block stores its entries' local experts and counts them per expert; the
+// The entries of a rank are divided into chunks (schedule/entry_chunks.cuh), one block each. A block stores its entries' local experts and counts them per expert; the
 // last block turns the counts [chunk, expert] into the row at which each (expert, chunk) begins: rows are ordered by expert, then by chunk.
 // Example: 2 chunks, 2 experts, counts [[1, 2], [3, 0]] -> rows begin at [[0, 4], [1, 6]], experts at 0 and 4, 6 rows in all.
 #pragma once
 
 #include <megamoe/ptx/control.cuh>
 #include <megamoe/ptx/copy.cuh>
+#include <megamoe/schedule/entry_chunks.cuh>
 #include <megamoe/sync/last_block.cuh>
 #include <megamoe/sync/peer_wait.cuh>
 
@@ -139,16 +140,16 @@ MEGAMOE_DEVICE void moe_route(const MoeRouteParams& p) {
   ptx::wait_for_launcher();
   ptx::launch_dependents();
   const int64 epoch = p.calls.epoch();
-  const uint32 src = blockIdx.x / Config::kNumChunks, first = blockIdx.x % Config::kNumChunks * Config::kChunkEntries + threadIdx.x;
+  const EntryChunk chunk = entry_chunk<Config>(blockIdx.x, p.symm.rank);
   if (threadIdx.x < kExperts) counts[threadIdx.x] = 0;
-  const uint32 num_entries = wait_for_entries<Layout, Config>(p, epoch, src);
+  const uint32 num_entries = wait_for_entries<Layout, Config>(p, epoch, chunk.src);
 
   const uint64 first_expert = uint64(p.symm.rank) * kExperts;
   uint64 local[kPerThread];
 #pragma unroll
   for (uint32 i = 0; i < kPerThread; ++i) {
-    const uint32 entry = first + i * kRouteThreads;
-    local[i] = entry < num_entries ? *p.symm.at<&Layout::topk_idx>(src, 0, entry) - first_expert : kExperts;
+    const uint32 entry = chunk.first + i * kRouteThreads + threadIdx.x;
+    local[i] = entry < num_entries ? *p.symm.at<&Layout::topk_idx>(chunk.src, 0, entry) - first_expert : kExperts;
   }
   int16* experts = p.entry_expert + uint64(blockIdx.x) * Config::kChunkEntries + threadIdx.x;
 #pragma unroll

@@ -16,30 +16,55 @@ MEGAMOE_DEVICE void add_bf16(float (&sum)[8], uint4 v) {
 // H = 4096, 3.9 TB/s (H200, timeline at abaeee4), and took 272 us with one at H = 7168, 3.0 TB/s (2173110).
 constexpr uint32 kVectorsAtOnce = 2;
 
-// Vectors `first` and first + kHidden / 16 of the sum over a token's slots.
+// The slots of a token: fetched, then asked which of them name an expert, a bit each.
 template <class Layout, class Config>
-MEGAMOE_DEVICE void sum_of_slots(const Symm& symm, uint32 token, uint32 first, uint4 (&y)[kVectorsAtOnce]) {
+struct TokenSlots {
+  static_assert(Config::kNumTopk <= 32);
+  static constexpr bool kHoldsIndices = Config::kNumTopk <= 8;  // so that nothing waits for them in `fetch`; more would spill
+  int64 topk_idx[kHoldsIndices ? Config::kNumTopk : 1];
+  uint32 bits = 0;
+
+  MEGAMOE_DEVICE void fetch(const Symm& symm, uint32 token) {
+    const int64* from = symm.at<&Layout::topk_idx>(symm.rank, token, 0);
+    if constexpr (kHoldsIndices) {
+#pragma unroll
+      for (uint32 slot = 0; slot < Config::kNumTopk; ++slot) topk_idx[slot] = from[slot];
+    } else {
+      bits = routed_of(from);
+    }
+  }
+
+  MEGAMOE_DEVICE uint32 routed() const { return kHoldsIndices ? routed_of(topk_idx) : bits; }
+
+ private:
+  static MEGAMOE_DEVICE uint32 routed_of(const int64* indices) {
+    uint32 slots = 0;
+#pragma unroll 8
+    for (uint32 slot = 0; slot < Config::kNumTopk; ++slot)
+      slots |= uint32(static_cast<uint64>(indices[slot]) < Config::kNumExperts) << slot;
+    return slots;
+  }
+};
+
+// Vectors `first` and first + kHidden / 16 of the sum over a token's `slots`.
+template <class Layout, class Config>
+MEGAMOE_DEVICE void sum_of_slots(const Symm& symm, uint32 token, uint32 slots, uint32 first, uint4 (&y)[kVectorsAtOnce]) {
   constexpr uint32 kVectors = Config::kHidden / 8, kInFlight = min_of(Config::kNumTopk, 8);
-  const int64* topk_idx = symm.at<&Layout::topk_idx>(symm.rank, token, 0);
   const auto* partials = reinterpret_cast<const uint4*>(symm.at<&Layout::partials>(symm.rank, token, 0, 0)) + first;
   float sums[kVectorsAtOnce][8] = {};
 #pragma unroll 1
   for (uint32 slot = 0; slot < Config::kNumTopk; slot += kInFlight) {
-    bool is_routed[kInFlight];
     uint4 v[kInFlight][kVectorsAtOnce];
 #pragma unroll
     for (uint32 i = 0; i < kInFlight; ++i)
-      is_routed[i] = slot + i < Config::kNumTopk && static_cast<uint64>(topk_idx[slot + i]) < Config::kNumExperts;
+#pragma unroll
+      for (uint32 j = 0; j < kVectorsAtOnce; ++j)
+        if (slots >> (slot + i) & 1) v[i][j] = ptx::ld_stream_128(partials + uint64(slot + i) * kVectors + j * (kVectors / kVectorsAtOnce));
 #pragma unroll
     for (uint32 i = 0; i < kInFlight; ++i)
 #pragma unroll
       for (uint32 j = 0; j < kVectorsAtOnce; ++j)
-        if (is_routed[i]) v[i][j] = ptx::ld_stream_128(partials + uint64(slot + i) * kVectors + j * (kVectors / kVectorsAtOnce));
-#pragma unroll
-    for (uint32 i = 0; i < kInFlight; ++i)
-#pragma unroll
-      for (uint32 j = 0; j < kVectorsAtOnce; ++j)
-        if (is_routed[i]) add_bf16(sums[j], v[i][j]);
+        if (slots >> (slot + i) & 1) add_bf16(sums[j], v[i][j]);
   }
 #pragma unroll
   for (uint32 j = 0; j < kVectorsAtOnce; ++j)
@@ -53,10 +78,14 @@ MEGAMOE_DEVICE void sum_tokens(const Symm& symm, Bf16* y, uint32 num_tokens, boo
   constexpr uint32 kVectors = Config::kHidden / 8, kPerToken = kVectors / kVectorsAtOnce, kNan = 0x7fc07fc0;
   static_assert(kVectors % kVectorsAtOnce == 0);
   const uint64 num_items = uint64(num_tokens) * kPerToken;
+  TokenSlots<Layout, Config> slots;
+  if (is_good && thread < num_items) slots.fetch(symm, thread / kPerToken);
   for (uint64 i = thread; i < num_items; i += num_threads) {
-    const uint32 token = i / kPerToken, first = i % kPerToken;
+    const uint32 token = i / kPerToken, first = i % kPerToken, routed = slots.routed();
+    // They are on their way while this item is summed.
+    if (is_good && i + num_threads < num_items) slots.fetch(symm, (i + num_threads) / kPerToken);
     uint4 sums[kVectorsAtOnce];
-    if (is_good) sum_of_slots<Layout, Config>(symm, token, first, sums);
+    if (is_good) sum_of_slots<Layout, Config>(symm, token, routed, first, sums);
     auto* to = reinterpret_cast<uint4*>(y) + uint64(token) * kVectors + first;
 #pragma unroll
     for (uint32 j = 0; j < kVectorsAtOnce; ++j) to[j * kPerToken] = is_good ? sums[j] : make_uint4(kNan, kNan, kNan, kNan);

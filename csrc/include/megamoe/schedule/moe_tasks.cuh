@@ -48,6 +48,19 @@ MEGAMOE_HOST_DEVICE RowPlace place_of(uint32 row, const GroupTable<Config>& tabl
   return {entry.first_tile + tile, in_group - tile * tokens, min_of(tokens, entry.count - tile * tokens)};
 }
 
+// Deals rows to the blocks of a rank in turn, `kRun` neighbours each, and visits those of `block`: visit(place of the first, how many), all in
+// one tile.
+template <uint32 kRun, class Config, class Visit>
+MEGAMOE_HOST_DEVICE void for_each_run(const GroupTable<Config>& table, uint32 num_rows, uint32 block, uint32 num_blocks, Visit visit) {
+  for (uint32 row = block * kRun; row < num_rows;) {
+    const RowPlace place = place_of(row, table);
+    const uint32 count = min_of(kRun - row % kRun, min_of(num_rows - row, place.num_rows - place.idx));
+    visit(place, count);
+    row += count;
+    if (row % kRun == 0) row += (num_blocks - 1) * kRun;
+  }
+}
+
 // A walk over the bands. Starts before the first one.
 template <class Config>
 struct BandWalk {

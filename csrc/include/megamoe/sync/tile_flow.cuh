@@ -30,11 +30,14 @@ struct TileFlow {
   uint32 row_blocks[2];    // 64-row blocks of weights of linear 1 and 2
 
   // Publications, by one thread behind a barrier with those whose writes they publish.
-  MEGAMOE_DEVICE void publish_pulled(RowPlace row) const { machine::add_release_gpu(&of(row.tile).pulled, share_of(row)); }
+  MEGAMOE_DEVICE void publish_pulled(RowPlace row) const { machine::add_release_gpu(&of(row.tile).pulled, share_of(row, 1)); }
   MEGAMOE_DEVICE void publish_activated(uint32 tile, uint32 num_row_blocks) const {
     machine::add_release_gpu(&of(tile).activated, num_row_blocks);
   }
-  MEGAMOE_DEVICE void publish_folded(RowPlace row) const { machine::add_release_gpu(&of(row.tile).folded, share_of(row)); }
+  // Row `row` and those behind it, `count` in all.
+  MEGAMOE_DEVICE void publish_folded(RowPlace row, uint32 count) const {
+    machine::add_release_gpu(&of(row.tile).folded, share_of(row, count));
+  }
   MEGAMOE_DEVICE void publish_finished(uint32 tile, uint32 num_row_blocks) const {
     machine::add_release_gpu(&of(tile).finished, num_row_blocks);
   }
@@ -72,7 +75,9 @@ struct TileFlow {
 
  private:
   MEGAMOE_DEVICE SlotCounters& of(uint32 tile) const { return counters[ring.slot(tile)]; }
-  MEGAMOE_DEVICE uint32 share_of(RowPlace row) const { return row.idx + 1 == row.num_rows ? ring.slot_rows - row.num_rows + 1 : 1; }
+  MEGAMOE_DEVICE uint32 share_of(RowPlace row, uint32 count) const {
+    return row.idx + count == row.num_rows ? ring.slot_rows - row.num_rows + count : count;
+  }
 
   template <class Watch>
   MEGAMOE_DEVICE void wait(const uint32* counter, uint32 target, const Watch& watch) const {
