@@ -16,6 +16,8 @@ MAX_TOKEN_TILE = {2: 176, 3: 104, 4: 48}
 MAX_DOUBLE_BUFFERED = {True: {2: 176, 3: 96, 4: 48}, False: {2: 176, 3: 96, 4: 40}}
 # Largest token tile with registers for the packed weights of a block ahead, with two warpgroups.
 LOADS_AHEAD = 128
+# Rows that a block folds for one publication where token tiles go up to MANY_TOKENS or more; 4 and 8 are as fast as 2. Where there are few
+# rows, linear 2 wants them as soon as can be.
 MANY_TOKENS, FOLD_RUN = 56, 2
 _TOKEN_FLOATS = 4  # scale, weight and the address of a destination
 _SLICE = 32  # of H and I: the channels that share an exponent

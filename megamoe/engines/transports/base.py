@@ -9,7 +9,8 @@ import torch
 
 
 class ReceivedRows(Protocol):
-    """One pass: up to P rows for the local experts, ordered by expert, then source rank, token, slot. The next pass overwrites them.
+    """One pass: up to P rows for the local experts, ordered by expert, then source rank, token, slot; which rank comes first is the
+    transport's. The next pass overwrites them.
 
     Beside these there is where linear 2 puts its rows: `row_dst` [P] int64, an address for each, if the transport scatters; else `out`
     [P, H] bfloat16.
