@@ -195,7 +195,7 @@ class ArenaDispatch:
         return -(-num_threads // threads(op, self.dims))
 
     def _grid(self, op: str, num_blocks: int) -> int:
-        """At most what fits on the device at once; one block to post and wait if there is no work."""
+        """At most `blocks_per_sm`; one block to post and wait if there is no work."""
         return max(1, min(num_blocks, blocks_per_sm(op, self.dims) * self._num_sms))
 
     def _launch(self, op: str, grid: int, pdl: bool = False) -> None:

@@ -14,7 +14,7 @@ OPS = (*ROUTING_OPS, "moe_pull", "moe_combine")
 CHUNK_ENTRIES = 2048  # (token, slot) entries that one block routes
 MAX_RANKS = 72  # Symm::kMaxRanks
 _THREADS = {"moe_route": 1024, "moe_assign": 512, "moe_pull": 256, "moe_combine": 256}
-_BLOCKS_PER_SM = {"moe_pull": 3, "moe_combine": 4}  # as their registers allow
+_BLOCKS_PER_SM = {"moe_pull": 3, "moe_combine": 4}  # of the grid; registers let two blocks of moe_combine run at once
 # moe_stage has a block per token. Its threads hold this many 16-byte vectors of BF16 each, and at most 72 registers.
 _STAGE_VECTORS, _STAGE_THREADS_PER_SM, _MAX_BLOCKS_PER_SM = 4, 896, 32
 
@@ -60,7 +60,7 @@ def threads(op: str, dims: ArenaDims) -> int:
 
 
 def blocks_per_sm(op: str, dims: ArenaDims) -> int:
-    """Blocks of moe_stage, moe_pull or moe_combine that run on an SM at once."""
+    """Blocks per SM that moe_stage, moe_pull or moe_combine is launched with at most."""
     if op != "moe_stage":
         return _BLOCKS_PER_SM[op]
     return max(1, min(_MAX_BLOCKS_PER_SM, _STAGE_THREADS_PER_SM // threads(op, dims)))

@@ -33,7 +33,7 @@ MEGAMOE_DEVICE bool meet_peers(const MoeCombineParams& p) {
 template <class Layout, class Config>
 MEGAMOE_DEVICE void moe_combine(const MoeCombineParams& p) {
   const bool is_good = meet_peers<Layout>(p);
-  sum_tokens<Layout, Config>(p.symm, p.y, p.num_tokens, is_good, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  sum_tokens<Layout, Config, 8>(p.symm, p.y, p.num_tokens, is_good, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
 }  // namespace megamoe

@@ -24,11 +24,12 @@ MEGAMOE_DEVICE bool meet_peers(const MegaBlock<Layout, Config>& block, const Cal
 template <class Layout, class Config>
 MEGAMOE_DEVICE void mega_combine(const MegaBlock<Layout, Config>& block, Timeline<Config::kTimeline>& timeline) {
   constexpr uint32 kThreads = Config::kMathWarpgroups * 128;
+  constexpr uint32 kMostHeld = Config::kMathRegisters < 128 ? 6 : 8;  // more would spill
   static_assert(kThreads >= Symm::kMaxRanks);
   const MegaMoeParams& p = block.p;
   const bool is_good = meet_peers(block, block.watch(CallPhase::kCombine));
   timeline.mark(SpanKind::kMeetPeers);
-  sum_tokens<Layout, Config>(p.symm, p.y, p.num_tokens, is_good, block.idx * kThreads + threadIdx.x, p.num_blocks * kThreads);
+  sum_tokens<Layout, Config, kMostHeld>(p.symm, p.y, p.num_tokens, is_good, block.idx * kThreads + threadIdx.x, p.num_blocks * kThreads);
   timeline.mark(SpanKind::kSumSlots);
 }
 

@@ -16,11 +16,12 @@ MEGAMOE_DEVICE void add_bf16(float (&sum)[8], uint4 v) {
 // H = 4096, 3.9 TB/s (H200, timeline at abaeee4), and took 272 us with one at H = 7168, 3.0 TB/s (2173110).
 constexpr uint32 kVectorsAtOnce = 2;
 
-// The slots of a token: fetched, then asked which of them name an expert, a bit each.
-template <class Layout, class Config>
+// The slots of a token: fetched, then asked which of them name an expert, a bit each. Up to `kMostHeld` indices stay as they come, so that
+// nothing waits for them in `fetch`.
+template <class Layout, class Config, uint32 kMostHeld>
 struct TokenSlots {
   static_assert(Config::kNumTopk <= 32);
-  static constexpr bool kHoldsIndices = Config::kNumTopk <= 8;  // so that nothing waits for them in `fetch`; more would spill
+  static constexpr bool kHoldsIndices = Config::kNumTopk <= kMostHeld;
   int64 topk_idx[kHoldsIndices ? Config::kNumTopk : 1];
   uint32 bits = 0;
 
@@ -72,13 +73,13 @@ MEGAMOE_DEVICE void sum_of_slots(const Symm& symm, uint32 token, uint32 slots, u
                       ptx::pack_bf16(sums[j][4], sums[j][5]), ptx::pack_bf16(sums[j][6], sums[j][7]));
 }
 
-// y [num_tokens, H] of this rank: the sums, or NaN after a failure. By thread `thread` of `num_threads`.
-template <class Layout, class Config>
+// y [num_tokens, H] of this rank: the sums, or NaN after a failure. By thread `thread` of `num_threads`; kMostHeld as its registers allow.
+template <class Layout, class Config, uint32 kMostHeld>
 MEGAMOE_DEVICE void sum_tokens(const Symm& symm, Bf16* y, uint32 num_tokens, bool is_good, uint32 thread, uint32 num_threads) {
   constexpr uint32 kVectors = Config::kHidden / 8, kPerToken = kVectors / kVectorsAtOnce, kNan = 0x7fc07fc0;
   static_assert(kVectors % kVectorsAtOnce == 0);
   const uint64 num_items = uint64(num_tokens) * kPerToken;
-  TokenSlots<Layout, Config> slots;
+  TokenSlots<Layout, Config, kMostHeld> slots;
   if (is_good && thread < num_items) slots.fetch(symm, thread / kPerToken);
   for (uint64 i = thread; i < num_items; i += num_threads) {
     const uint32 token = i / kPerToken, first = i % kPerToken, routed = slots.routed();
