@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from programs import HANG, RACE, SCOPE, WRONG
 
 FLOW, TASKS, WAIT, CALLS = "sync/tile_flow.cuh", "schedule/moe_tasks.cuh", "sync/peer_wait.cuh", "comm/call_state.cuh"
+CHUNKS = "schedule/entry_chunks.cuh"
 ROLES = "block.hpp"  # what roles do with those headers, as the programs repeat it
 
 
@@ -91,6 +92,9 @@ MUTANTS = (
     Mutant("last_tile_too_long", TASKS, "entry.count - (number - entry.first_tile) * tokens", "entry.count", "order"),
     Mutant("run_of_two_tiles", TASKS, "min_of(num_rows - row, place.num_rows - place.idx)", "num_rows - row", "order"),
     Mutant("runs_that_overlap", TASKS, "row += (num_blocks - 1) * kRun", "row += num_blocks - 1", "order"),
+    Mutant("run_that_ends_early", TASKS, "min_of(kRun - row % kRun, min_of(", "min_of(1u, min_of(", "order"),
+    Mutant("all_ranks_begin_with_the_first", CHUNKS, "(rank + block / Config::kNumChunks) % Config::kNumRanks",
+           "block / Config::kNumChunks", "order"),
     Mutant("row_of_the_wrong_tile", TASKS, "min_of(tokens, entry.count - tile * tokens)", "tokens", "order"),
     # Signals and failures.
     Mutant("signal_of_the_call_before", WAIT, "return got >= epoch;", "return got + 1 >= epoch;", "races", (RACE, WRONG)),

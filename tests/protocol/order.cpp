@@ -1,7 +1,10 @@
 // The order of tasks, exhaustively for small shapes: the stream has every task once, each after those it depends on, with the rows that
-// belong to it; rows are found in their tiles.
+// belong to it; rows are found in their tiles, and dealt to the blocks once each; so are the entries that the rows come from.
 #include <map>
+#include <set>
 #include <tuple>
+
+#include <megamoe/schedule/entry_chunks.cuh>
 
 #include "tables.hpp"
 
@@ -58,6 +61,7 @@ void check_runs(const GroupTable<AnyConfig>& table, uint32 num_rows, uint32 num_
       expect(count > 0 && count <= kRun && place.idx + count <= place.num_rows, "a run of %u rows from row %u of tile %u on", count,
              place.idx, place.tile);
       expect(place.tile >= next_tile, "tile %u after %u", place.tile, next_tile);
+      const bool ends_tile = place.idx + count == place.num_rows;
       next_tile = place.tile;
       const GroupEntry& group = table.entries[table.group_of_tile(place.tile)];
       const uint32 tokens = AnyConfig::TokenTiles::at(group.token_tile_idx);
@@ -66,6 +70,7 @@ void check_runs(const GroupTable<AnyConfig>& table, uint32 num_rows, uint32 num_
         expect(row < num_rows && row / kRun % num_blocks == block && !is_dealt[row], "block %u has row %u", block, row);
         is_dealt[row] = true;
       }
+      expect(ends_tile || (first + count) % kRun == 0, "the run from row %u of tile %u on ends early", place.idx, place.tile);
     });
   }
   for (uint32 row = 0; row < num_rows; ++row) expect(is_dealt[row], "no block has row %u", row);
@@ -129,6 +134,28 @@ void check_stream(const std::vector<uint32>& counts, uint32 band, uint32 lag, ui
   check_runs<4>(table, num_rows, 1 + extra);
 }
 
+template <uint32 kRanks, uint32 kChunks>
+struct ChunkConfig {
+  static constexpr uint32 kNumRanks = kRanks, kNumChunks = kChunks, kChunkEntries = 5;
+};
+
+// Every rank looks at every chunk of all ranks once, its own first; at no place in the order do two ranks look at the same one.
+template <uint32 kRanks, uint32 kChunks>
+void check_entry_chunks() {
+  using Chunks = ChunkConfig<kRanks, kChunks>;
+  for (uint32 rank = 0; rank < kRanks; ++rank) {
+    std::set<std::pair<uint32, uint32>> seen;
+    for (uint32 block = 0; block < kRanks * kChunks; ++block) {
+      const EntryChunk chunk = entry_chunk<Chunks>(block, rank);
+      expect(chunk.src < kRanks && chunk.first % 5 == 0 && chunk.first < 5 * kChunks, "rank %u, entry %u", chunk.src, chunk.first);
+      expect(block >= kChunks || chunk.src == rank, "rank %u begins with rank %u", rank, chunk.src);
+      expect(seen.insert({chunk.src, chunk.first}).second, "entry %u of rank %u comes twice", chunk.first, chunk.src);
+      for (uint32 other = 0; other < rank; ++other)
+        expect(entry_chunk<Chunks>(block, other).src != chunk.src, "ranks %u and %u look at rank %u together", other, rank, chunk.src);
+    }
+  }
+}
+
 template <uint32... kSizes>
 uint64 check_all() {
   uint64 number = 0;
@@ -144,6 +171,9 @@ uint64 check_all() {
 void megamoe::machine::observe(const void*, Scope) {}
 
 int main() {
+  protocol::check_entry_chunks<1, 3>();
+  protocol::check_entry_chunks<4, 1>();
+  protocol::check_entry_chunks<3, 2>();
   const unsigned long long number = protocol::check_all<1>() + protocol::check_all<2>() + protocol::check_all<1, 2>();
   std::printf("ok: %llu shapes\n", number);
 }
