@@ -1,7 +1,8 @@
 // moe_route: waits for every rank's inputs, finds the (token, slot) entries that name this rank's experts, and gives each expert its rows.
 //
-// The entries of a rank are divided into chunks (schedule/entry_chunks.cuh), one block each. A block stores its entries' local experts and counts them per expert; the
-// last block turns the counts [chunk, expert] into the row at which each (expert, chunk) begins: rows are ordered by expert, then by chunk.
+// The entries of a rank are divided into chunks (schedule/entry_chunks.cuh), one block each. A block stores its entries' local experts and
+// counts them per expert; the last block turns the counts [chunk, expert] into the row at which each (expert, chunk) begins: rows are ordered
+// by expert, then by chunk.
 // Example: 2 chunks, 2 experts, counts [[1, 2], [3, 0]] -> rows begin at [[0, 4], [1, 6]], experts at 0 and 4, 6 rows in all.
 #pragma once
 

@@ -41,8 +41,8 @@ struct StageReader {
   MEGAMOE_DEVICE uint32 stage() const { return base + pipe.stage * SmemPlan<Config>::kStageBytes; }
   // Whether load would return at once. For the whole warp, which may see the barrier change in between.
   MEGAMOE_DEVICE bool is_ready() const { return __all_sync(~0u, (Config::kLoadsAhead ? ahead : pipe).is_full()); }
-  // A barrier takes 50 clk to answer. Asked for the next stage now, it has answered when that is wanted. Who loads ahead has the time to wait
-  // for it, and was 5 to 8 % slower with the question (32 x ~96 rows, on another H200, where other sizes were not slower).
+  // A barrier takes 50 clk to answer. Asked for the next stage now, it has answered when that is wanted. Who loads ahead has the time to
+  // wait for it, and was 5 to 8 % slower with the question (32 x ~96 rows, on another H200, where other sizes were not slower).
   MEGAMOE_DEVICE void load(PackedWeights& packed) {
     if constexpr (Config::kLoadsAhead) {
       ahead.wait_full();

@@ -48,8 +48,8 @@ MEGAMOE_HOST_DEVICE RowPlace place_of(uint32 row, const GroupTable<Config>& tabl
   return {entry.first_tile + tile, in_group - tile * tokens, min_of(tokens, entry.count - tile * tokens)};
 }
 
-// Deals rows to the blocks of a rank in turn, `kRun` neighbours each, and visits those of `block`: visit(place of the first, how many), all in
-// one tile.
+// Deals rows to the blocks of a rank in turn, `kRun` neighbours each, and visits those of `block`: visit(place of the first, how many), all
+// in one tile.
 template <uint32 kRun, class Config, class Visit>
 MEGAMOE_HOST_DEVICE void for_each_run(const GroupTable<Config>& table, uint32 num_rows, uint32 block, uint32 num_blocks, Visit visit) {
   for (uint32 row = block * kRun; row < num_rows;) {
